@@ -1,0 +1,30 @@
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint benchmarks clean
+
+demo: $(INSTALLED)
+	$(BIN)/approxconv demo --out demo_results
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+benchmarks: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_results

@@ -1,0 +1,402 @@
+"""A multiplier as its truth table, with the formats of its two operands."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._versioned import once_per_version
+
+MIN_BITS, MAX_BITS = 2, 8
+_INT16_SPAN = 2**16 - 1
+
+
+def operand_values(bits: int, signed: bool) -> np.ndarray:
+    """Value of every operand code, ordered by code.
+
+    Parameters
+    ----------
+    bits : int
+        Width of the operand.
+    signed : bool
+        Whether a code is read as two's complement.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64, shape ``(2**bits,)``: ``0, 1, …`` and, if signed, ``-2**(bits-1), …, -1`` in the upper half.
+    """
+    codes = np.arange(2**bits, dtype=np.int64)
+    return np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes) if signed else codes
+
+
+def operand_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest value of an operand of `bits` bits."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def check_table_shape(table: Tensor) -> tuple[int, int]:
+    """Return ``(a_bits, w_bits)`` of a table, or raise a ValueError that says what is wrong with its shape."""
+    sides = tuple(table.shape)
+    bits = tuple(side.bit_length() - 1 for side in sides)
+    fits = all(side == 1 << n and MIN_BITS <= n <= MAX_BITS for side, n in zip(sides, bits, strict=True))
+    if len(sides) != 2 or not fits:
+        raise ValueError(
+            f"table must have shape (2**a_bits, 2**w_bits) with {MIN_BITS} to {MAX_BITS} bits an operand, got {sides}"
+        )
+    return bits
+
+
+@dataclass(frozen=True)
+class PreparedTable:
+    """What an engine needs of a table, read from it once.
+
+    Attributes
+    ----------
+    low, high : int
+        Smallest and largest entry.
+    offset : int
+        ``rows`` holds ``table - offset``; 0 wherever the entries fit int16 as they are.
+    rows : Tensor
+        ``(256, 256)``, int16 if ``high - low`` fits 16 bits, else int32. Narrower tables are repeated over the unused
+        high bits of a code, so that any byte is a valid index and only its low bits count.
+    """
+
+    low: int
+    high: int
+    offset: int
+    rows: Tensor
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """``rows`` transposed and contiguous: indexed ``[weight_code, activation_code]``."""
+        return self.rows.T.contiguous()
+
+    @property
+    def magnitude(self) -> int:
+        """Largest absolute entry."""
+        return max(abs(self.low), abs(self.high))
+
+
+@once_per_version
+def prepare(table: Tensor) -> PreparedTable:
+    """Prepare a table tensor, once per tensor and version of its contents.
+
+    Parameters
+    ----------
+    table : Tensor
+        int32, ``(2**a_bits, 2**w_bits)``, on any device.
+
+    Returns
+    -------
+    PreparedTable
+        On the table's device. A second call with the same tensor, not written to in between, reads nothing back.
+    """
+    low, high = (int(v) for v in torch.stack(torch.aminmax(table)).tolist())
+    narrow = high - low <= _INT16_SPAN
+    # The offset nearest to zero that fits int16, so never larger than the largest entry.
+    offset = max(high - (2**15 - 1), 0) + min(low + 2**15, 0) if narrow else 0
+    a_side, w_side = table.shape
+    rows = (table - offset).to(torch.int16 if narrow else torch.int32).repeat(256 // a_side, 256 // w_side)
+    return PreparedTable(low, high, offset, rows)
+
+
+def _as_table(table: Any) -> Tensor:
+    """Turn any integer-valued 2-D array into a contiguous int32 CPU tensor, or say why it is none."""
+    if isinstance(table, Tensor):
+        table = table.detach().cpu()
+        if table.dtype in (torch.bfloat16, torch.float16):
+            table = table.float()
+        array = table.resolve_conj().resolve_neg().numpy()
+    else:
+        try:
+            array = np.asarray(table)
+        except ValueError as error:
+            raise ValueError(f"table must be a rectangular 2-D array: {error}") from None
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"table must hold integers, got dtype {array.dtype}")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError("table must be finite, got NaN or infinity")
+        if (array != np.rint(array)).any():
+            raise ValueError(f"table must hold integers, got {array[array != np.rint(array)].flat[0]}")
+    limits = np.iinfo(np.int32)
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise ValueError(f"table entries must fit int32, got values from {array.min()} to {array.max()}")
+    # A copy always: later writes to the caller's array must not reach a table whose range is already known.
+    return torch.from_numpy(array.astype(np.int32, order="C", copy=True))
+
+
+def _check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _check_bits(bits: int | tuple[int, int]) -> tuple[int, int]:
+    pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+    if len(pair) != 2 or not all(
+        isinstance(n, int) and not isinstance(n, bool) and MIN_BITS <= n <= MAX_BITS for n in pair
+    ):
+        raise ValueError(f"bits must be an int from {MIN_BITS} to {MAX_BITS} or a pair of them, got {bits!r}")
+    return pair
+
+
+class Multiplier:
+    """An approximate multiplier, given by its truth table.
+
+    ``table[a, w]`` is the product the circuit returns for activation code `a` and weight code `w`. A code is the
+    operand's two's-complement bit pattern, so a signed axis runs ``0 … 2**(bits-1)-1, -2**(bits-1) … -1``. Nothing is
+    assumed of the entries: the table need not be commutative nor map zero to zero.
+
+    Parameters
+    ----------
+    table : array_like
+        Integer-valued, ``(2**a_bits, 2**w_bits)``, 2 to 8 bits an operand; copied to a contiguous int32 CPU tensor.
+    a_signed, w_signed : bool
+        Whether activation and weight codes are read as two's complement.
+    name : str
+        For reports; takes no part in equality.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype or value that no such table has; the message says which.
+
+    Examples
+    --------
+    >>> m = Multiplier.from_function(lambda a, w: a * w & ~1, a_signed=False, w_signed=True, name="no_lsb")
+    >>> m.error().abs().max().item()
+    1
+    """
+
+    def __init__(self, table: Any, *, a_signed: bool, w_signed: bool, name: str = "") -> None:
+        self.a_signed = _check_flag("a_signed", a_signed)
+        self.w_signed = _check_flag("w_signed", w_signed)
+        self.name = str(name)
+        self.table = _as_table(table)
+        self.a_bits, self.w_bits = check_table_shape(self.table)
+        self._copies: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def exact(cls, bits: int | tuple[int, int] = 8, a_signed: bool = False, w_signed: bool = True) -> Multiplier:
+        """The exact product ``a·w`` of the given formats; the same object on every call.
+
+        Parameters
+        ----------
+        bits : int or pair of int
+            Width of both operands, or ``(a_bits, w_bits)``.
+        a_signed, w_signed : bool
+            Operand signedness.
+
+        Raises
+        ------
+        ValueError
+            A width outside 2 to 8 bits or a flag that is no bool.
+        """
+        return _exact(_check_bits(bits), _check_flag("a_signed", a_signed), _check_flag("w_signed", w_signed))
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        *,
+        bits: int | tuple[int, int] = 8,
+        a_signed: bool,
+        w_signed: bool,
+        name: str = "",
+    ) -> Multiplier:
+        """Tabulate a Python model of a multiplier.
+
+        Parameters
+        ----------
+        fn : callable
+            ``fn(a, w)`` takes two int64 arrays of operand *values*, each ``(2**a_bits, 2**w_bits)``, and returns their
+            products in that shape.
+        bits : int or pair of int
+            Width of both operands, or ``(a_bits, w_bits)``.
+        a_signed, w_signed : bool
+            Operand signedness.
+        name : str
+            For reports.
+
+        Raises
+        ------
+        ValueError
+            The result has another shape, or holds what `Multiplier` does not take.
+        """
+        a_bits, w_bits = _check_bits(bits)
+        a = operand_values(a_bits, _check_flag("a_signed", a_signed))
+        w = operand_values(w_bits, _check_flag("w_signed", w_signed))
+        a, w = (np.ascontiguousarray(v) for v in np.meshgrid(a, w, indexing="ij"))
+        products = fn(a, w)
+        shape = tuple(np.shape(products))
+        if shape != a.shape:
+            raise ValueError(f"fn must return an array of shape {a.shape}, got {shape}")
+        return cls(products, a_signed=a_signed, w_signed=w_signed, name=name)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """``(a_bits, w_bits)``."""
+        return self.a_bits, self.w_bits
+
+    @property
+    def a_range(self) -> tuple[int, int]:
+        """Smallest and largest activation value."""
+        return operand_range(self.a_bits, self.a_signed)
+
+    @property
+    def w_range(self) -> tuple[int, int]:
+        """Smallest and largest weight value."""
+        return operand_range(self.w_bits, self.w_signed)
+
+    @property
+    def prepared(self) -> PreparedTable:
+        """The table's range and 16-bit form on the CPU."""
+        return prepare(self.table)
+
+    def on(self, device: torch.device | str) -> Tensor:
+        """The table on `device`, copied and prepared there once."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self.table
+        if device.index is None:
+            device = torch.empty(0, device=device).device
+        if device not in self._copies:
+            self._copies[device] = self.table.to(device)
+        return self._copies[device]
+
+    def _products(self) -> np.ndarray:
+        a, w = operand_values(self.a_bits, self.a_signed), operand_values(self.w_bits, self.w_signed)
+        return np.multiply.outer(a, w)
+
+    def by_value(self) -> Tensor:
+        """The table with both axes in ascending order of operand value, int32."""
+        a = np.argsort(operand_values(self.a_bits, self.a_signed))
+        w = np.argsort(operand_values(self.w_bits, self.w_signed))
+        return self.table[torch.from_numpy(a)][:, torch.from_numpy(w)].contiguous()
+
+    def error(self) -> Tensor:
+        """``table[a, w] - a·w``, int64, indexed by code as the table is."""
+        return self.table.long() - torch.from_numpy(self._products())
+
+    def metrics(self) -> dict[str, float]:
+        """Error figures over all operand pairs, as EvoApproxLib defines them.
+
+        Returns
+        -------
+        dict of str to float
+            With ``e = table[a, w] - a·w`` over all N pairs: ``MAE`` = Σ|e|/N, ``WCE`` = max|e|, ``EP%`` = share of
+            pairs with e ≠ 0, ``MSE`` = Σe²/N, ``bias`` = Σe/N, ``variance`` = MSE − bias²; over the pairs with
+            a·w ≠ 0 ``MRE%`` = mean |e/(a·w)| and ``WCRE%`` = max |e/(a·w)|; ``MAE%`` and ``WCE%`` are relative to
+            2**(a_bits + w_bits).
+
+        Notes
+        -----
+        V. Mrazek et al., "EvoApprox8b: Library of Approximate Adders and Multipliers for Circuit Design and
+        Benchmarking of Approximation Methods", DATE 2017.
+        """
+        product = self._products()
+        error = self.error().numpy().astype(np.float64)
+        magnitude = np.abs(error)
+        nonzero = product != 0
+        relative = magnitude[nonzero] / np.abs(product[nonzero])
+        full_scale = 2.0 ** (self.a_bits + self.w_bits)
+        mse, bias = float((error**2).mean()), float(error.mean())
+        return {
+            "MAE": float(magnitude.mean()),
+            "MAE%": 100 * float(magnitude.mean()) / full_scale,
+            "WCE": float(magnitude.max()),
+            "WCE%": 100 * float(magnitude.max()) / full_scale,
+            "WCRE%": 100 * float(relative.max()),
+            "EP%": 100 * float((error != 0).mean()),
+            "MRE%": 100 * float(relative.mean()),
+            "MSE": mse,
+            "bias": bias,
+            "variance": mse - bias**2,
+        }
+
+    def swap(self) -> Multiplier:
+        """The same circuit with its operands exchanged: ``swap().table[w, a] == table[a, w]``."""
+        name = f"{self.name}_swapped" if self.name else ""
+        return Multiplier(self.table.T, a_signed=self.w_signed, w_signed=self.a_signed, name=name)
+
+    def sign_magnitude(self) -> Multiplier:
+        """An unsigned circuit used on signed numbers: ``sign(a)·sign(w)·table[|a|, |w|]``, with sign(0) = 0.
+
+        Raises
+        ------
+        ValueError
+            An operand of this multiplier is signed already.
+        """
+        if self.a_signed or self.w_signed:
+            raise ValueError(
+                f"sign_magnitude needs an unsigned multiplier, got a_signed={self.a_signed}, w_signed={self.w_signed}"
+            )
+        unsigned = self.table.numpy().astype(np.int64)
+        return Multiplier.from_function(
+            lambda a, w: np.sign(a) * np.sign(w) * unsigned[np.abs(a), np.abs(w)],
+            bits=self.bits,
+            a_signed=True,
+            w_signed=True,
+            name=f"{self.name}_sm" if self.name else "",
+        )
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the operand formats and the table; the name takes no part."""
+        head = f"{self.a_bits},{self.w_bits},{self.a_signed:d},{self.w_signed:d};"
+        return hashlib.sha256(head.encode() + self.table.numpy().astype("<i4").tobytes()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write table, operand formats, name and hash to an ``.npz`` that `approxconv.load_multiplier` reads."""
+        from .formats.npz import save_npz
+
+        save_npz(self, path)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Multiplier):
+            return NotImplemented
+        return (
+            (self.a_signed, self.w_signed) == (other.a_signed, other.w_signed)
+            and self.bits == other.bits
+            and torch.equal(self.table, other.table)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.table.numpy(), self.a_signed, self.w_signed, self.name)
+
+    def __repr__(self) -> str:
+        return f"Multiplier({self.name or 'unnamed'!r}, a={self.a_format}, w={self.w_format})"
+
+    @property
+    def a_format(self) -> str:
+        """The activation format as in ``uint8`` or ``int4``."""
+        return f"{'' if self.a_signed else 'u'}int{self.a_bits}"
+
+    @property
+    def w_format(self) -> str:
+        """The weight format as in ``uint8`` or ``int4``."""
+        return f"{'' if self.w_signed else 'u'}int{self.w_bits}"
+
+
+def _rebuild(table: np.ndarray, a_signed: bool, w_signed: bool, name: str) -> Multiplier:
+    return Multiplier(table, a_signed=a_signed, w_signed=w_signed, name=name)
+
+
+@cache
+def _exact(bits: tuple[int, int], a_signed: bool, w_signed: bool) -> Multiplier:
+    formats = [f"{n}{'s' if signed else 'u'}" for n, signed in zip(bits, (a_signed, w_signed), strict=True)]
+    name = f"exact_{formats[0]}" if formats[0] == formats[1] else f"exact_{formats[0]}_{formats[1]}"
+    return Multiplier.from_function(np.multiply, bits=bits, a_signed=a_signed, w_signed=w_signed, name=name)

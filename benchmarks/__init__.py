@@ -1,0 +1,1 @@
+"""Measured speed, always as a ratio to native torch in the same run."""

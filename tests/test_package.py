@@ -1,0 +1,154 @@
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMOKE = """
+import torch, approxconv
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(),
+                            torch.nn.Linear(4 * 25, 2))
+x = torch.randn(2, 3, 5, 5)
+approx = approxconv.calibrate(approxconv.approximate(model, "drum6_8u_8s"), [x])
+y = approx(x)
+with approxconv.use_engine("reference"):
+    assert torch.equal(approx(x), y)
+y.sum().backward()
+assert all(p.grad is not None for p in approx.parameters())
+print(approxconv.__file__)
+"""
+
+
+def run_python(code, *arguments, env=None, cwd=None, python=sys.executable):
+    return subprocess.run(
+        [python, *arguments, "-c", code], capture_output=True, text=True, env=env, cwd=cwd, timeout=300, check=False
+    )
+
+
+def test_import_is_light():
+    code = (
+        "import sys, approxconv\n"
+        "heavy = {'cupy', 'numba', 'llvmlite', 'matplotlib', 'sklearn', 'rich'}\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & heavy))"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_cuda_without_cupy_names_the_extra():
+    code = (
+        "import sys; sys.modules['cupy'] = None\n"
+        "import torch\n"
+        "from approxconv.engines import select\n"
+        "select('auto', torch.device('cuda'))"
+    )
+    result = run_python(code)
+    assert "ImportError" in result.stderr
+    assert "approxconv[cuda12]" in result.stderr
+    assert "approxconv[cuda13]" in result.stderr
+
+
+def test_everything_works_where_no_folder_is_writable(tmp_path):
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv, to run as a user who may write nowhere")
+    package = tmp_path / "site"
+    shutil.copytree(ROOT / "approxconv", package / "approxconv", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    home = tmp_path / "home"
+    home.mkdir(mode=0o555)
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", SMOKE],
+        capture_output=True, text=True, env=env, cwd="/", timeout=300, check=False,
+    )  # fmt: skip
+    if "Permission denied" in result.stderr and "site-packages" not in result.stderr and not result.stdout:
+        pytest.skip("this interpreter cannot be run by another user")
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(package)
+    assert list(home.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy so that the checkout stays clean."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_runs_in_a_scratch_venv(wheel, tmp_path):
+    scratch = tmp_path / "venv"
+    venv.create(scratch, with_pip=True, symlinks=True)
+    python = scratch / "bin" / "python"
+    installed = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert installed.returncode == 0, installed.stderr
+    # The dependencies come from the environment of the tests, but not its approxconv: .pth files there are not read.
+    (site,) = scratch.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    result = run_python(SMOKE, "-I", cwd=tmp_path, python=str(python))
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(site)
+    script = subprocess.run([scratch / "bin" / "approxconv", "--version"], capture_output=True, text=True, check=True)
+    assert script.stdout.startswith("approxconv ")
+
+
+def test_wheel_holds_the_package_only(wheel):
+    import zipfile
+
+    names = zipfile.ZipFile(wheel).namelist()
+    assert all(name.startswith(("approxconv/", "approxconv-")) for name in names)
+    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "approxconv").rglob("*.py")]
+    sources += [f"approxconv/cuda_src/{path.name}" for path in (ROOT / "cuda_src").iterdir()]
+    assert sorted(sources) == sorted(name for name in names if name.startswith("approxconv/"))
+
+
+def test_extras_are_pinned():
+    import configparser
+
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    assert set(extras) == {"cuda12", "cuda13", "demo", "test", "notebooks"}
+    wanted = config["options"]["install_requires"] + "\n".join(extras.values())
+    names = {line.split(">")[0].split("=")[0].strip().lower() for line in wanted.splitlines() if line.strip()}
+    pins = {
+        line.split("==")[0].strip().lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    assert names <= pins
