@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,14 +28,16 @@ from .nn import approximate, calibrate, set_mode
 EXACT = "exact_8u_8s"
 MULTIPLIERS = (
     "drum6_8u_8s",
-    "trunc2_8u_8s",
     "kulkarni_8u_8s",
     "mitchell_8u_8s",
-    "drum3_8u_8s",
     "bam_h0_v8_8u_8s",
+    "drum2_8u_8s",
+    "trunc4_8u_8s",
+    "bam_h0_v10_8u_8s",
     "trunc5_8u_8s",
+    "trunc6_8u_8s",
 )
-QUICK_MULTIPLIERS = ("drum6_8u_8s", "trunc5_8u_8s")
+QUICK_MULTIPLIERS = ("drum6_8u_8s", "bam_h0_v10_8u_8s")
 BATCH = 64
 
 
@@ -177,10 +180,11 @@ def evaluate(
 
 
 def _table(results: Sequence[Result], float_accuracy: float, device: torch.device) -> Table:
-    table = Table(title=f"Handwritten digits, held-out accuracy in % (float: {float_accuracy:.1f})")
+    title = f"Handwritten digits on {device.type}: held-out accuracy in % (float: {float_accuracy:.1f})"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("multiplier", no_wrap=True)
-    for heading in ("MRE %", "MAE", "WCE", "EP %", "8-bit", "approx.", "retrained", f"images/s, {device.type}"):
-        table.add_column(heading, justify="right")
+    for heading in ("MRE %", "MAE", "WCE", "EP %", "8-bit", "approx", "retrained", "images/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
         lost = row.accuracy_8bit - row.accuracy_approximate
         style = "red" if lost >= 5 else "yellow" if lost >= 1 else "green"

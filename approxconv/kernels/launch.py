@@ -69,6 +69,5 @@ def launch(plan: Plan, device: torch.device) -> None:
     with torch.cuda.device(index), cupy.cuda.Device(index):
         function = _function(path, path.stat().st_mtime_ns, plan.kernel, index)
         arguments = [cupy.from_dlpack(a.detach()) if isinstance(a, Tensor) else a for a in plan.arguments]
-        stream = torch.cuda.current_stream(index).cuda_stream
-        with cupy.cuda.ExternalStream(stream, index):
+        with cupy.cuda.Stream.from_external(torch.cuda.current_stream(index)):
             function(plan.grid, plan.block, tuple(arguments))

@@ -1,0 +1,88 @@
+"""Our own format: an ``.npz`` that says everything about a multiplier and proves it by a hash."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from ..multiplier import Multiplier
+from .errors import FormatError
+from .npy import _MAX_BYTES, bare_table, read_array
+
+FORMAT_VERSION = 1
+_KEYS = ("format_version", "table", "a_signed", "w_signed", "name", "hash")
+
+
+def save_npz(multiplier: Multiplier, path: str | Path) -> None:
+    """Write `multiplier` to `path`, which must end in ``.npz``.
+
+    Raises
+    ------
+    ValueError
+        Another suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"path must end in .npz, got {path}")
+    np.savez_compressed(
+        path,
+        format_version=np.int64(FORMAT_VERSION),
+        table=multiplier.table.numpy(),
+        a_signed=np.uint8(multiplier.a_signed),
+        w_signed=np.uint8(multiplier.w_signed),
+        name=np.frombuffer(multiplier.name.encode(), np.uint8),
+        hash=np.frombuffer(bytes.fromhex(multiplier.content_hash), np.uint8),
+    )
+
+
+def _read_members(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a zip of ``.npy`` members, read in memory, each of bounded size; nothing is unpacked to disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            if not 1 <= len(infos) <= len(_KEYS):
+                raise FormatError(path, f"must hold 1 to {len(_KEYS)} arrays, got {len(infos)}")
+            arrays = {}
+            for info in infos:
+                with archive.open(info) as member:
+                    data = member.read(_MAX_BYTES + 1)
+                if len(data) > _MAX_BYTES:
+                    raise FormatError(
+                        path, f"{info.filename} must be no larger than a table, at most {_MAX_BYTES} bytes"
+                    )
+                arrays[info.filename.removesuffix(".npy")] = read_array(BytesIO(data), path)
+            return arrays
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise FormatError(path, f"must be a zip archive of .npy arrays ({error})") from None
+
+
+def load_npz(path: Path, a_signed: bool | None, w_signed: bool | None) -> Multiplier:
+    """Read our own format, or the only array of any other ``.npz``."""
+    arrays = _read_members(path)
+    if len(arrays) == 1:
+        return bare_table(next(iter(arrays.values())), path, a_signed, w_signed)
+    missing = [key for key in _KEYS if key not in arrays]
+    if missing:
+        raise FormatError(path, f"must hold one table, or {', '.join(_KEYS)}; {', '.join(missing)} missing")
+    try:
+        version = int(arrays["format_version"])
+        flags = [bool(int(arrays[key])) for key in ("a_signed", "w_signed")]
+        name = arrays["name"].astype(np.uint8).tobytes().decode()
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            path, f"format_version, a_signed and w_signed must be numbers, name UTF-8 ({error})"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise FormatError(path, f"format_version must be {FORMAT_VERSION}, got {version}")
+    for key, given, own in zip(("a_signed", "w_signed"), (a_signed, w_signed), flags, strict=True):
+        if given is not None and given != own:
+            raise FormatError(path, f"{key} is {own} in the file, {given} was asked for")
+    multiplier = bare_table(arrays["table"], path, *flags)
+    if arrays["hash"].astype(np.uint8).tobytes().hex() != multiplier.content_hash:
+        raise FormatError(path, "its hash must be that of its table and formats")
+    multiplier.name = name
+    return multiplier

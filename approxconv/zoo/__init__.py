@@ -1,0 +1,93 @@
+"""Multipliers from the literature, by name.
+
+A name is ``<family><parameters>_<bits><u|s>``, both operands of 2 to 8 bits, unsigned or signed: ``drum6_8u``,
+``bam_h2_v4_8u``, ``exact_4s``. Operands that differ in signedness are named one by one, the activation first:
+``drum6_8u_8s``. Each family is a module here, with a function that builds its members and says what they compute.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib import import_module
+
+from ..multiplier import Multiplier
+
+__all__ = ["get_multiplier", "list_multipliers"]
+
+_FAMILIES = tuple(
+    import_module(f".{module}", __name__).FAMILY
+    for module in (
+        "exact",
+        "truncated",
+        "broken_array",
+        "drum",
+        "mitchell",
+        "kulkarni",
+    )
+)
+_LONGEST_SHOWN = 60
+
+
+def get_multiplier(name: str) -> Multiplier:
+    """Build a multiplier by its name.
+
+    Parameters
+    ----------
+    name : str
+        One of `list_multipliers`.
+
+    Returns
+    -------
+    Multiplier
+        A new one on every call, with ``.name == name``.
+
+    Raises
+    ------
+    ValueError
+        There is none of that name; the message says which parameter is out of range or which names are near.
+
+    Examples
+    --------
+    >>> get_multiplier("drum6_8u_8s")
+    Multiplier('drum6_8u_8s', a=uint8, w=int8)
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a str, got {name!r}")
+    for family in _FAMILIES:
+        multiplier = family.from_name(name)
+        if multiplier is not None:
+            return multiplier
+    shown = name[:_LONGEST_SHOWN]
+    near = get_close_matches(shown, list_multipliers())
+    hint = f"did you mean {', '.join(near)}?" if near else "see approxconv.list_multipliers()"
+    raise ValueError(f"no multiplier {shown!r}{'…' if shown != name else ''}; {hint}")
+
+
+def list_multipliers(pattern: str | None = None) -> list[str]:
+    """Names that `get_multiplier` takes, in natural order (``drum9`` before ``drum10``).
+
+    Parameters
+    ----------
+    pattern : str, optional
+        Shell-style filter, case-sensitive: ``"drum*_8u"``.
+
+    Raises
+    ------
+    ValueError
+        `pattern` is neither a str nor None.
+
+    Examples
+    --------
+    >>> list_multipliers("mitchell_[78]u")
+    ['mitchell_7u', 'mitchell_8u']
+    """
+    if not isinstance(pattern, (str, type(None))):
+        raise ValueError(f"pattern must be a str or None, got {pattern!r}")
+    names = (name for family in _FAMILIES for name in family.names() if pattern is None or fnmatchcase(name, pattern))
+    return sorted(names, key=_natural_order)
+
+
+def _natural_order(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", name)]

@@ -1,0 +1,137 @@
+"""What the multiplier families share: parameter checks, names and signed operands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from numbers import Integral
+from string import Formatter
+
+import numpy as np
+
+from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
+
+_NUMBER = "0|[1-9][0-9]{0,2}"
+_FORMATS = f"_(?P<a_bits>{_NUMBER})(?P<a_sign>[us])(?:_(?P<w_bits>{_NUMBER})(?P<w_sign>[us]))?"
+
+
+def leading_one(x: np.ndarray) -> np.ndarray:
+    """Position of the most significant one bit, ``⌊log2 x⌋``; −1 for 0.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        Integers from 0 to 2**53 − 1.
+    """
+    return np.frexp(x)[1].astype(np.int64) - 1
+
+
+def _choices(values: Sequence[int]) -> str:
+    if isinstance(values, range) and values.step == 1 and len(values) > 1:
+        return f"an int from {values[0]} to {values[-1]}"
+    return " or ".join(str(v) for v in values)
+
+
+def _check(name: str, value: object, wanted: Sequence[int]) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value not in wanted:
+        raise ValueError(f"{name} must be {_choices(wanted)}, got {value!r}")
+    return int(value)
+
+
+def _no_parameters(bits: int) -> Mapping[str, range]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of multipliers: its arithmetic on unsigned operands, its parameters and its names.
+
+    A signed operand enters by its magnitude and its sign is put back on the product, with sign(0) = 0:
+    ``sign(a)·sign(w)·f(|a|, |w|)``, without the sign of an operand that is unsigned. Magnitudes reach 2**(bits-1), so
+    the unsigned circuit of the same width takes them all.
+
+    Attributes
+    ----------
+    stem : str
+        The name up to the operand formats, a replacement field per parameter: ``"bam_h{h}_v{v}"``.
+    unsigned : callable
+        ``unsigned(a, w, **parameters)`` takes int64 arrays of values ≥ 0 and returns their approximate products.
+    ranges : callable
+        ``ranges(bits)`` returns the values each parameter can have at that width, by name.
+    widths : sequence of int
+        The widths there are.
+    """
+
+    stem: str
+    unsigned: Callable[..., np.ndarray]
+    ranges: Callable[[int], Mapping[str, range]] = _no_parameters
+    widths: Sequence[int] = range(MIN_BITS, MAX_BITS + 1)
+
+    def build(self, bits: int, a_signed: bool, w_signed: bool, **parameters: int) -> Multiplier:
+        """Tabulate one member of the family.
+
+        Raises
+        ------
+        ValueError
+            A width or a parameter out of its range or of a wrong type.
+        """
+        bits = _check("bits", bits, self.widths)
+        parameters = {name: _check(name, parameters[name], wanted) for name, wanted in self.ranges(bits).items()}
+
+        def on_magnitudes(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+            products = self.unsigned(np.abs(a), np.abs(w), **parameters)
+            for operand, signed in ((a, a_signed), (w, w_signed)):
+                if signed:
+                    products = products * np.sign(operand)
+            return products
+
+        multiplier = Multiplier.from_function(on_magnitudes, bits=bits, a_signed=a_signed, w_signed=w_signed)
+        multiplier.name = self._name(bits, a_signed, w_signed, parameters)
+        return multiplier
+
+    def from_name(self, name: str) -> Multiplier | None:
+        """Build the member called `name`; None if no member of this family could be called so.
+
+        Raises
+        ------
+        ValueError
+            The name is well formed but asks for a width or a parameter that the family does not have.
+        """
+        match = re.fullmatch(self._pattern(), name)
+        if match is None:
+            return None
+        fields = match.groupdict()
+        a_format = fields.pop("a_bits"), fields.pop("a_sign")
+        w_format = fields.pop("w_bits"), fields.pop("w_sign")
+        if w_format == a_format:
+            return None
+        if w_format == (None, None):
+            w_format = a_format
+        try:
+            if a_format[0] != w_format[0]:
+                raise ValueError(f"both operands must have the same width, got {a_format[0]} and {w_format[0]} bits")
+            parameters = {key: int(value) for key, value in fields.items()}
+            return self.build(int(a_format[0]), a_format[1] == "s", w_format[1] == "s", **parameters)
+        except ValueError as error:
+            raise ValueError(f"no multiplier {name!r}: {error}") from None
+
+    def names(self) -> Iterator[str]:
+        """Every name of the family."""
+        for bits in self.widths:
+            ranges = self.ranges(bits)
+            for values in product(*ranges.values()):
+                parameters = dict(zip(ranges, values, strict=True))
+                for a_signed, w_signed in product((False, True), repeat=2):
+                    yield self._name(bits, a_signed, w_signed, parameters)
+
+    def _name(self, bits: int, a_signed: bool, w_signed: bool, parameters: Mapping[str, int]) -> str:
+        a_format, w_format = (f"_{bits}{'s' if signed else 'u'}" for signed in (a_signed, w_signed))
+        return self.stem.format(**parameters) + a_format + ("" if a_format == w_format else w_format)
+
+    def _pattern(self) -> str:
+        parts = Formatter().parse(self.stem)
+        return "".join(
+            re.escape(text) + (f"(?P<{field}>{_NUMBER})" if field else "") for text, field, _, _ in parts
+        ) + (_FORMATS)

@@ -1,0 +1,648 @@
+"""Conversion, calibration and modes of whole models."""
+
+import copy
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import approxconv
+from approxconv import Multiplier
+from approxconv.nn import ApproxConv2d, ApproxLayer, ApproxLinear, approx_layers
+
+
+class Separable(nn.Module):
+    def __init__(self, channels, filters):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, filters, 1)
+
+    def forward(self, x):
+        return F.relu(self.pointwise(F.relu(self.norm(self.depthwise(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(1, 4, 3, stride=2, padding=1), norm=nn.BatchNorm2d(4), act=nn.ReLU())
+        )
+        self.blocks = nn.ModuleList([Separable(4, 6), Separable(6, 8)])
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+LAYERS = [
+    "stem.conv",
+    "blocks.0.depthwise",
+    "blocks.0.pointwise",
+    "blocks.1.depthwise",
+    "blocks.1.pointwise",
+    "head",
+]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def exact():
+    return Multiplier.exact()
+
+
+def names_converted(model):
+    return [name for name, module in model.named_modules() if isinstance(module, ApproxLayer)]
+
+
+def fingerprint(model):
+    return {name: (id(module), type(module), module.training) for name, module in model.named_modules()}
+
+
+# Conversion
+
+
+def test_every_convolution_and_linear_is_replaced(net, exact):
+    model = approxconv.approximate(net, exact)
+    assert names_converted(model) == LAYERS
+    assert isinstance(model, Net)
+    assert type(model.head) is ApproxLinear
+    assert type(model.stem.conv) is ApproxConv2d
+    assert [name for name, _ in model.named_modules() if "observer" not in name] == [n for n, _ in net.named_modules()]
+    for name, layer in approx_layers(model).items():
+        stock = net.get_submodule(name)
+        assert stock.extra_repr() in layer.extra_repr()
+        assert (layer.mode, layer.engine) == ("approximate", "auto")
+        assert layer.multiplier == exact
+        assert not layer.calibrated
+    assert set(net.state_dict()) <= set(model.state_dict())
+
+
+def test_arguments_reach_the_layers(net, hostile):
+    model = approxconv.approximate(net, hostile(4), mode="quantized", engine="reference")
+    for layer in approx_layers(model).values():
+        assert (layer.mode, layer.engine) == ("quantized", "reference")
+        assert layer.table.shape == (16, 16)
+
+
+@pytest.mark.parametrize("stock", [nn.Conv2d(2, 3, 3, padding="same"), nn.Linear(4, 2, bias=False)], ids=["conv", "fc"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_root_itself(stock, inplace, exact):
+    layer = approxconv.approximate(stock, exact, mode="float", inplace=inplace)
+    assert isinstance(layer, ApproxLayer)
+    assert isinstance(layer, type(stock))
+    assert (layer.weight is stock.weight) == inplace
+    x = torch.rand(1, 2, 5, 5) if isinstance(stock, nn.Conv2d) else torch.rand(3, 4)
+    assert torch.equal(layer(x), stock(x))
+    approxconv.calibrate(layer, [x])
+    assert layer.calibrated
+
+
+def test_the_copy_shares_nothing_with_the_original(net, images, exact):
+    before, state = fingerprint(net), copy.deepcopy(net.state_dict())
+    model = approxconv.approximate(net, exact, mode="float")
+    assert fingerprint(net) == before
+    storages = {t.data_ptr() for t in net.state_dict().values()}
+    assert not storages & {t.data_ptr() for t in model.state_dict().values()}
+    approxconv.set_mode(approxconv.calibrate(model, [images]), "approximate")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(images).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_inplace_keeps_model_and_parameters(net, exact):
+    parameters = dict(net.named_parameters())
+    model = approxconv.approximate(net, exact, inplace=True)
+    assert model is net
+    assert names_converted(net) == LAYERS
+    now = dict(net.named_parameters())
+    assert list(now) == list(parameters)
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+
+
+def test_frozen_parameters_stay_frozen(net, exact):
+    net.stem.conv.weight.requires_grad_(False)
+    net.head.bias.requires_grad_(False)
+    model = approxconv.approximate(net, exact)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem.conv.weight", "head.bias"}
+
+
+def test_training_flags_are_kept(net, exact):
+    net.eval()
+    net.blocks[0].train()
+    net.blocks[0].norm.eval()
+    model = approxconv.approximate(net, exact)
+    for name, module in net.named_modules():
+        assert model.get_submodule(name).training == module.training, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_is_kept(net, images, dtype, exact):
+    model = approxconv.approximate(net.to(dtype), exact, mode="float")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.eval()(images.to(dtype)).dtype == dtype
+    assert {layer.table.dtype for layer in approx_layers(model).values()} == {torch.int32}
+
+
+def test_device_is_kept(exact):
+    with torch.device("meta"):
+        stock = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(3, 2))
+    model = approxconv.approximate(stock, exact)
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
+    cpu = approxconv.approximate(nn.Linear(2, 2), exact)
+    assert {t.device.type for t in [*cpu.parameters(), *cpu.buffers()]} == {"cpu"}
+
+
+class Own(nn.Linear):
+    pass
+
+
+def test_subclasses_are_left_alone(exact):
+    model = nn.Sequential(
+        nn.Linear(8, 8), Own(8, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(1, 1, 3), nn.ConvTranspose2d(1, 1, 3)
+    )
+    before = fingerprint(model)
+    converted = approxconv.approximate(model, exact)
+    assert names_converted(converted) == ["0"]
+    assert fingerprint(model) == before
+    assert type(converted[1]) is Own
+    assert type(converted[2].out_proj) is type(model[2].out_proj)
+    query = torch.rand(3, 1, 8)
+    assert torch.equal(converted[2](query, query, query)[0], model[2](query, query, query)[0])
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(4, 4)
+        self.a, self.b = nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared)
+        self.own = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.own(self.b(self.a(x)))
+
+
+def test_a_layer_shared_between_modules_stays_shared(exact):
+    model = approxconv.approximate(Twice(), exact)
+    assert model.a[0] is model.b[0]
+    assert isinstance(model.a[0], ApproxLinear)
+    assert len(approx_layers(model)) == 2
+
+
+def test_a_layer_used_twice_in_one_module_stays_shared(exact):
+    shared = nn.Linear(4, 4)
+    model = approxconv.approximate(nn.Sequential(shared, nn.ReLU(), shared), exact)
+    assert isinstance(model[0], ApproxLinear)
+    assert model[2] is model[0]
+
+
+def test_a_module_shared_between_modules_stays_shared(exact):
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = approxconv.approximate(nn.Sequential(block, nn.Sequential(block), block), exact)
+    assert model[0] is model[1][0] is model[2]
+    assert isinstance(model[0][0], ApproxLinear)
+
+
+def test_tied_parameters_stay_tied(exact):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    converted = approxconv.approximate(model, exact)
+    assert converted[2].weight is converted[0].weight is not model[0].weight
+
+
+def test_tied_weights_calibrate_and_train(exact):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    x = torch.rand(3, 4)
+    model = approxconv.calibrate(approxconv.approximate(model, exact), [x])
+    model(x).sum().backward()
+    assert model[0].weight.grad is model[2].weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ((), set()),
+        (["head"], {"head"}),
+        ("head", {"head"}),
+        (["blocks.*"], {n for n in LAYERS if n.startswith("blocks")}),
+        (["*.depthwise", "stem.conv"], {"blocks.0.depthwise", "blocks.1.depthwise", "stem.conv"}),
+        (["blocks.[1]*", "blocks.1.pointwise"], {"blocks.1.depthwise", "blocks.1.pointwise"}),
+        (["*wise", "head", "stem*"], set(LAYERS)),
+        ((name for name in ["head"]), {"head"}),
+    ],
+    ids=str,
+)
+def test_skip(net, skip, left, exact):
+    model = approxconv.approximate(net, exact, skip=skip)
+    assert names_converted(model) == [name for name in LAYERS if name not in left]
+    for name in left:
+        assert type(model.get_submodule(name)) is type(net.get_submodule(name))
+
+
+def test_per_layer_first_match_counts(net, exact, hostile):
+    first, second, third = (hostile(seed=i) for i in range(3))
+    per_layer = {"blocks.0.depthwise": first, "*.depthwise": second, "blocks.*": third}
+    model = approxconv.approximate(net, exact, per_layer=per_layer)
+    chosen = {name: layer.multiplier for name, layer in approx_layers(model).items()}
+    assert chosen == dict(zip(LAYERS, [exact, first, third, second, third, exact], strict=True))
+    model = approxconv.approximate(net, exact, per_layer=dict(reversed(per_layer.items())))
+    chosen = {name: layer.multiplier for name, layer in approx_layers(model).items()}
+    assert chosen == dict(zip(LAYERS, [exact, third, third, third, third, exact], strict=True))
+
+
+def test_per_layer_takes_names_and_other_formats(net, images, exact, hostile):
+    model = approxconv.approximate(net, exact, per_layer={"head": "drum6_8u", "stem.conv": hostile(4, True, True)})
+    assert model.head.multiplier == approxconv.get_multiplier("drum6_8u")
+    assert model.stem.conv.table.shape == (16, 16)
+    assert torch.isfinite(approxconv.calibrate(model, [images])(images)).all()
+
+
+def test_skip_wins_over_per_layer(net, exact, hostile):
+    model = approxconv.approximate(net, exact, skip=["head"], per_layer={"*": hostile()})
+    assert names_converted(model) == LAYERS[:-1]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"skip": ["nothing"]}, "nothing"),
+        ({"skip": ["head", "stem"]}, "stem"),
+        ({"per_layer": {"blocks": "exact"}}, "blocks|exact"),
+        ({"per_layer": {"heads.*": Multiplier.exact()}}, "heads"),
+        ({"per_layer": {"head": "no_such_circuit"}}, "no_such_circuit"),
+        ({"first_last": "exact"}, "first_last.*exact"),
+        ({"mode": "quantised"}, "quantised"),
+        ({"engine": "abacus"}, "abacus"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_changes_nothing(net, arguments, named, inplace, exact):
+    before = fingerprint(net)
+    with pytest.raises(ValueError, match=named):
+        approxconv.approximate(net, exact, inplace=inplace, **arguments)
+    assert fingerprint(net) == before
+
+
+def test_unmatched_pattern_lists_what_there_is(net, exact):
+    with pytest.raises(ValueError, match=r"blocks\.1\.pointwise"):
+        approxconv.approximate(net, exact, skip=["blocks.2.*"])
+
+
+def test_nothing_to_convert(exact):
+    for model in (nn.ReLU(), nn.Sequential(), nn.Sequential(nn.BatchNorm1d(3))):
+        with pytest.raises(ValueError, match="Conv2d or Linear"):
+            approxconv.approximate(model, exact)
+
+
+def test_first_and_last_layer(net, images, hostile):
+    multiplier = hostile(8, False, False)
+    model = approxconv.approximate(net, multiplier, first_last="float")
+    assert names_converted(model) == LAYERS[1:-1]
+    model = approxconv.approximate(net, multiplier, first_last="approximate")
+    assert {m.multiplier for m in approx_layers(model).values()} == {multiplier}
+
+    model = approxconv.approximate(net, multiplier, first_last="quantized")
+    chosen = {name: layer.multiplier for name, layer in approx_layers(model).items()}
+    exact = Multiplier.exact(8, False, False)
+    assert chosen == {name: exact if name in ("stem.conv", "head") else multiplier for name in LAYERS}
+    approxconv.calibrate(model, [images])
+    approxconv.set_mode(model.stem, "quantized")
+    expected = model.eval()(images)
+    approxconv.set_mode(model, "approximate")
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("first_last", ["float", "quantized"])
+def test_a_single_layer_is_first_and_last(first_last, hostile):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(2, 2)), hostile(), first_last=first_last)
+    if first_last == "float":
+        assert type(model[0]) is nn.Linear
+    else:
+        assert model[0].multiplier == Multiplier.exact()
+
+
+def test_converting_again_takes_only_what_is_left(net, images, hostile):
+    first, second = hostile(seed=1), hostile(seed=2)
+    model = approxconv.calibrate(approxconv.approximate(net, first, skip=["head"]), [images])
+    again = approxconv.approximate(model, second)
+    assert names_converted(again) == LAYERS
+    for name, layer in approx_layers(again).items():
+        assert layer.multiplier == (second if name == "head" else first)
+        assert layer.calibrated.item() == (name != "head")
+    assert names_converted(model) == LAYERS[:-1]
+
+    before = fingerprint(again)
+    with pytest.raises(ValueError, match="Conv2d or Linear"):
+        approxconv.approximate(again, first, inplace=True)
+    assert fingerprint(again) == before
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_transformer_encoder_layer(train, exact):
+    """torch's fused path reads linear1.weight itself and would go past the converted layers."""
+    torch.manual_seed(0)
+    stock = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(train)
+    x = torch.randn(2, 5, 8)
+    coarse = Multiplier.exact(3)
+    model = approxconv.calibrate(approxconv.approximate(stock, coarse), [x])
+    assert all(layer.calibrated for layer in approx_layers(model).values())
+    with torch.no_grad():
+        assert (model(x) - stock(x)).abs().max() > 1e-2
+        assert torch.equal(model(x), approxconv.set_mode(model, "quantized")(x))
+
+
+# Calibration
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.seen = []
+
+    def forward(self, pixels, scale=None):
+        self.seen.append((pixels, scale))
+        return self.fc(pixels if scale is None else pixels * scale)
+
+
+Pair = namedtuple("Pair", "image label")
+LOW, HIGH = -2.0, 6.0
+BATCH = torch.tensor([[LOW, 0.0, 1.0], [0.5, HIGH, -1.0]])
+LABEL = torch.tensor([90.0, -70.0])
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [BATCH],
+        (BATCH,),
+        [BATCH[:1], BATCH[1:]],
+        [(BATCH, LABEL)],
+        [[BATCH, LABEL]],
+        [Pair(BATCH, LABEL)],
+        [("name", BATCH, LABEL)],
+        [{"pixels": BATCH}],
+        [{"scale": 1.0, "pixels": BATCH}],
+        [{"scale": torch.ones(3), "pixels": BATCH}],
+        [{"image": BATCH, "label": LABEL}],
+        [{"id": 7, "image": BATCH, "label": LABEL}],
+        [OrderedDict(image=BATCH, pixels=BATCH * 50)],
+        [BATCH, (BATCH[:1], LABEL), {"pixels": BATCH[1:]}],
+        [BATCH, BATCH[:0]],
+    ],
+    ids=range(15),
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_kinds_of_batches(batches, lazy, exact):
+    model = approxconv.approximate(Keywords(), exact)
+    result = approxconv.calibrate(model, (b for b in batches) if lazy else batches)
+    assert result is model
+    torch.testing.assert_close(model.fc.activation_scale.item(), (HIGH - LOW) / 255, rtol=1e-6, atol=0)
+    assert model.fc.activation_zero_point.item() == 64
+    assert model.fc.calibrated
+    assert len(model.seen) == len(batches)
+
+
+def test_keywords_are_all_passed(exact):
+    model = approxconv.approximate(Keywords(), exact)
+    approxconv.calibrate(model, [{"pixels": BATCH, "scale": torch.tensor(2.0)}])
+    assert model.seen[0][1].item() == 2
+    torch.testing.assert_close(model.fc.activation_scale.item(), 2 * (HIGH - LOW) / 255, rtol=1e-6, atol=0)
+
+
+def test_a_data_loader(exact):
+    data = torch.utils.data.TensorDataset(BATCH, LABEL)
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    approxconv.calibrate(model, torch.utils.data.DataLoader(data, batch_size=1))
+    torch.testing.assert_close(model[0].activation_scale.item(), (HIGH - LOW) / 255, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("batches", [[], (), iter(()), (b for b in ())], ids=["list", "tuple", "iter", "generator"])
+def test_no_batches(net, batches, exact):
+    model = approxconv.approximate(net, exact)
+    with pytest.raises(ValueError, match="at least one"):
+        approxconv.calibrate(model, batches)
+    assert not any(layer.calibrated for layer in approx_layers(model).values())
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [], {}, ("a", 1), {"a": "b"}], ids=str)
+def test_a_batch_without_a_tensor(batch, exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    with pytest.raises(ValueError, match="batches"):
+        approxconv.calibrate(model, [batch])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(value, exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    batch = BATCH.clone()
+    batch[0, 1] = value
+    with pytest.raises(ValueError, match="finite"):
+        approxconv.calibrate(model, [BATCH, batch, BATCH])
+    assert not model[0].calibrated
+    assert model[0].mode == "approximate"
+    assert not approxconv.calibrate(model, [BATCH])[0].activation_scale.isnan()
+
+
+def test_calibrating_a_stock_model(net, images):
+    with pytest.raises(ValueError, match="approximate"):
+        approxconv.calibrate(net, [images])
+
+
+def test_modes_and_flags_are_restored(net, images, exact):
+    model = approxconv.approximate(net, exact)
+    approxconv.set_mode(model.blocks, "quantized")
+    model.head.mode = "float"
+    model.train()
+    model.blocks[1].eval()
+    modes = {name: layer.mode for name, layer in approx_layers(model).items()}
+    flags = {name: module.training for name, module in model.named_modules()}
+    approxconv.calibrate(model, [images])
+    assert {name: layer.mode for name, layer in approx_layers(model).items()} == modes
+    assert {name: module.training for name, module in model.named_modules()} == flags
+
+    def failing():
+        yield images
+        raise KeyboardInterrupt
+
+    scales = {name: layer.activation_scale.clone() for name, layer in approx_layers(model).items()}
+    for batches, error in ((failing(), KeyboardInterrupt), ([images, images[:, :, 0]], Exception)):
+        with pytest.raises(error):
+            approxconv.calibrate(model, batches)
+        assert {name: layer.mode for name, layer in approx_layers(model).items()} == modes
+        assert {name: module.training for name, module in model.named_modules()} == flags
+    assert {name: layer.activation_scale for name, layer in approx_layers(model).items()} == scales
+    # Nothing goes on observing.
+    approxconv.set_mode(model, "float").eval()(images * 100)
+    approxconv.calibrate(model, [images])
+    assert {name: layer.activation_scale for name, layer in approx_layers(model).items()} == scales
+
+
+def test_calibration_observes_only(net, images, exact):
+    model = approxconv.approximate(net, exact).train()
+    state = copy.deepcopy(model.state_dict())
+    approxconv.calibrate(model, [images, images * 2])
+    own = set(net.state_dict())
+    assert any("running_mean" in key for key in own)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key in own)
+    assert all(p.grad is None for p in model.parameters())
+    # In eval mode: dropout before the head dropped nothing, so twice gives the same.
+    scale = model.head.activation_scale.item()
+    assert approxconv.calibrate(model, [images, images * 2]).head.activation_scale.item() == scale
+
+
+def test_ranges_are_those_of_the_float_model(net, images, exact):
+    """Whatever mode the model is in, the second layer sees what the float first layer gives."""
+    inputs = {}
+    net.eval()
+    for name in LAYERS:
+        net.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: inputs.__setitem__(name, args[0].detach())
+        )
+    net(images)
+    plain = Net()
+    plain.load_state_dict(net.state_dict())
+    model = approxconv.approximate(plain, exact)
+    approxconv.calibrate(model, [images * 7])
+    approxconv.calibrate(model, [images])
+    for name, layer in approx_layers(model).items():
+        low, high = inputs[name].min().clamp(max=0).item(), inputs[name].max().clamp(min=0).item()
+        torch.testing.assert_close(layer.activation_scale.item(), (high - low) / 255, rtol=1e-5, atol=0)
+        assert layer.activation_zero_point.item() == pytest.approx(-low / (high - low) * 255, abs=0.51)
+
+
+class TwoWays(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, idle=False):
+        return self.idle(x) if idle else self.used(x)
+
+
+def test_unreached_layers_stay_uncalibrated(exact):
+    model = approxconv.approximate(TwoWays(), exact)
+    approxconv.calibrate(model, [BATCH])
+    assert model.used.calibrated
+    assert not model.idle.calibrated
+    model(BATCH)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        model(BATCH, idle=True)
+    scale = model.used.activation_scale.clone()
+    approxconv.calibrate(model, [{"x": BATCH * 9, "idle": True}])
+    assert model.idle.calibrated
+    assert torch.equal(model.used.activation_scale, scale)
+    model(BATCH, idle=True)
+
+
+def test_calibrating_again_replaces_the_range(exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    for factor in (10.0, 0.1, 1.0):
+        approxconv.calibrate(model, [BATCH * factor])
+        model(BATCH)
+        torch.testing.assert_close(model[0].activation_scale.item(), factor * (HIGH - LOW) / 255, rtol=1e-5, atol=0)
+
+
+def test_an_input_of_zeros(exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    approxconv.calibrate(model, [torch.zeros(2, 3)])
+    torch.testing.assert_close(model(torch.zeros(2, 3)), model[0].bias.expand(2, -1))
+
+
+# Modes
+
+
+def test_set_mode(net, exact):
+    model = approxconv.approximate(net, exact)
+    for mode in ("float", "quantized", "approximate"):
+        assert approxconv.set_mode(model, mode) is model
+        assert {layer.mode for layer in approx_layers(model).values()} == {mode}
+    for mode in ("exact", "", None, "Float"):
+        with pytest.raises(ValueError, match="mode"):
+            approxconv.set_mode(model, mode)
+        assert {layer.mode for layer in approx_layers(model).values()} == {"approximate"}
+    with pytest.raises(ValueError, match="no approximate layers"):
+        approxconv.set_mode(net, "float")
+
+
+# End to end
+
+
+@pytest.mark.parametrize("a_signed", [False, True])
+@pytest.mark.parametrize("w_signed", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_network_with_the_exact_table(net, images, bits, a_signed, w_signed, hostile):
+    model = approxconv.approximate(net.eval(), Multiplier.exact(bits, a_signed, w_signed))
+    approxconv.calibrate(model, [images])
+    approximate = model(images)
+    quantised = approxconv.set_mode(model, "quantized")(images)
+    assert torch.equal(approximate, quantised)
+    expected = net(images)
+    assert torch.equal(approxconv.set_mode(model, "float")(images), expected)
+    error = (quantised - expected).norm() / expected.norm()
+    assert 0 < error < (0.1 if bits == 8 else 1.5)
+    approxconv.set_mode(model, "approximate")
+    with approxconv.use_engine("reference"):
+        assert torch.equal(model(images), approximate)
+
+    other = approxconv.approximate(net, hostile(bits, a_signed, w_signed))
+    other = approxconv.calibrate(other, [images])
+    assert not torch.equal(other(images), quantised)
+    assert torch.equal(approxconv.set_mode(other, "quantized")(images), quantised)
+
+
+def test_a_network_survives_its_checkpoint(net, images, truncated, tmp_path):
+    model = approxconv.calibrate(approxconv.approximate(net.eval(), truncated), [images])
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.manual_seed(5)
+    fresh = approxconv.approximate(Net().eval(), Multiplier.exact())
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(fresh(images), model(images))
+    assert torch.equal(copy.deepcopy(model)(images), model(images))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_retraining_lowers_the_loss(net, optimizer, truncated):
+    torch.manual_seed(2)
+    images, labels = torch.randn(64, 1, 12, 12), torch.arange(64) % 5
+    images += F.one_hot(labels, 12).float()[:, None, :, None] * 3
+    model = approxconv.calibrate(approxconv.approximate(net, truncated), [images])
+    before = copy.deepcopy(model.state_dict())
+    optimizer = optimizer(model.parameters(), lr=0.02 if optimizer is torch.optim.Adam else 0.2)
+    model.train()
+    model.drop.p = 0.0
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert losses[-1] < 0.8 * losses[0]
+    after = model.state_dict()
+    for name in LAYERS:
+        assert not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])
+        assert torch.equal(after[f"{name}.table"], before[f"{name}.table"])
+        assert torch.equal(after[f"{name}.activation_scale"], before[f"{name}.activation_scale"])
