@@ -55,7 +55,9 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
         cls, layer: nn.Conv2d, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
     ) -> ApproxConv2d:
         """Take over the parameters of a stock `torch.nn.Conv2d` (the same tensors, not copies)."""
-        new = cls(
+        new = cls.__new__(cls)
+        nn.Conv2d.__init__(
+            new,
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -66,8 +68,6 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
             layer.bias is not None,
             layer.padding_mode,
             device="meta",
-            multiplier=multiplier,
-            mode="float",
         )
         return new._adopt(layer, multiplier, mode, engine)
 

@@ -98,7 +98,7 @@ def approximate(
     if model in converted:
         return converted[model]
     for module in modules.values():
-        for child_name, child in list(module.named_children()):
+        for child_name, child in list(module._modules.items()):  # named_children() skips repeats
             if child in converted:
                 setattr(module, child_name, converted[child])
     return model
@@ -188,6 +188,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             module.training = flag
     if count == 0:
         raise ValueError("batches must yield at least one batch, got none")
-    for layer in layers:
+    for layer in [layer for layer in layers if layer.has_observed()]:
         layer.finish_calibration()
     return model

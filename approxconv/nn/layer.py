@@ -82,6 +82,7 @@ class ApproxLayer(nn.Module):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
         self.activation_observer = self.activation_format.activation_observer().to(device)
         self._quantized: tuple[Tensor, int, QuantizedWeight] | None = None
+        self.register_forward_pre_hook(_no_op)
 
     def _adopt(self, layer: nn.Module, multiplier: Multiplier | str, mode: str, engine: str) -> ApproxLayer:
         """Become `layer`, on its device, with its parameters and training flag."""
@@ -118,29 +119,32 @@ class ApproxLayer(nn.Module):
             )
         return self._integer_forward(input).to(input.dtype)
 
-    def finish_calibration(self) -> bool:
-        """Turn the observed range into scale and zero point; False if nothing was observed.
+    def has_observed(self) -> bool:
+        """Whether a batch reached this layer since its observer was reset.
 
         Raises
         ------
         ValueError
-            The observed range is not finite.
+            One did, with values that are not finite.
         """
-        observer = self.activation_observer
-        if observer.min_val > observer.max_val:  # as initialised
+        low, high = self.activation_observer.min_val, self.activation_observer.max_val
+        if low > high:  # as initialised
             return False
-        if not (torch.isfinite(observer.min_val) and torch.isfinite(observer.max_val)):
+        if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError(
-                f"calibration batches drove a {type(self).__name__} with values from {observer.min_val.item()} to "
-                f"{observer.max_val.item()}; they must be finite"
+                f"batches drove a {type(self).__name__} with values from {low.item()} to {high.item()}; they must be "
+                "finite"
             )
-        scale, zero_point = observer.calculate_qparams()
-        with torch.no_grad():
-            self.activation_scale.copy_(scale.view(()))
-            self.activation_zero_point.copy_(zero_point.view(()))
-            self.calibrated.fill_(True)
-        self.quantized_weight()
         return True
+
+    @torch.no_grad()
+    def finish_calibration(self) -> None:
+        """Turn the observed range into scale and zero point."""
+        scale, zero_point = self.activation_observer.calculate_qparams()
+        self.activation_scale.copy_(scale.view(()))
+        self.activation_zero_point.copy_(zero_point.view(()))
+        self.calibrated.fill_(True)
+        self.quantized_weight()
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, scales and zero points of the weight as it is now; kept until the weight changes."""
@@ -203,12 +207,13 @@ class ApproxLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxLayer:
-        kept = {name: self._buffers[name] for name in _SCALES}
+        observer = self.activation_observer._buffers
+        kept = [(self._buffers, name, self._buffers[name]) for name in _SCALES]
+        kept += [(observer, name, value) for name, value in observer.items() if value.is_floating_point()]
         super()._apply(fn, recurse)
-        for name, scale in kept.items():  # half() is about weights; an 11-bit scale would shift every code
-            moved = self._buffers[name]
-            if moved.dtype != scale.dtype:
-                self._buffers[name] = scale.to(moved.device)
+        for buffers, name, value in kept:  # half() is about weights; an 11-bit scale would shift every code
+            if buffers[name].dtype != value.dtype:
+                buffers[name] = value.to(buffers[name].device)
         self._quantized = None
         return self
 
@@ -233,6 +238,10 @@ class ApproxLayer(nn.Module):
         """The torch layer's, then multiplier, mode and engine."""
         name = self.multiplier_name or "custom"
         return f"{super().extra_repr()}, multiplier={name}, mode={self.mode}, engine={self.engine}"
+
+
+def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that keeps torch's fused inference paths, which read `weight` and skip modules without hooks, away."""
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -53,13 +53,13 @@ class ApproxLinear(ApproxLayer, nn.Linear):
         cls, layer: nn.Linear, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
     ) -> ApproxLinear:
         """Take over the parameters of a stock `torch.nn.Linear` (the same tensors, not copies)."""
-        new = cls(
+        new = cls.__new__(cls)
+        nn.Linear.__init__(
+            new,
             layer.in_features,
             layer.out_features,
             layer.bias is not None,
             device="meta",
-            multiplier=multiplier,
-            mode="float",
         )
         return new._adopt(layer, multiplier, mode, engine)
 
