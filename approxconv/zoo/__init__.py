@@ -36,7 +36,7 @@ def get_multiplier(name: str) -> Multiplier:
     Parameters
     ----------
     name : str
-        One of `list_multipliers`.
+        One of `list_multipliers`, or such a name for signed activations and unsigned weights: ``drum6_8s_8u``.
 
     Returns
     -------

@@ -15,6 +15,7 @@ from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
 
 _NUMBER = "0|[1-9][0-9]{0,2}"
 _FORMATS = f"_(?P<a_bits>{_NUMBER})(?P<a_sign>[us])(?:_(?P<w_bits>{_NUMBER})(?P<w_sign>[us]))?"
+_LISTED_FORMATS = ((False, False), (True, True), (False, True))
 
 
 def leading_one(x: np.ndarray) -> np.ndarray:
@@ -31,7 +32,7 @@ def leading_one(x: np.ndarray) -> np.ndarray:
 def _choices(values: Sequence[int]) -> str:
     if isinstance(values, range) and values.step == 1 and len(values) > 1:
         return f"an int from {values[0]} to {values[-1]}"
-    return " or ".join(str(v) for v in values)
+    return f"an int: {' or '.join(str(v) for v in values)}"
 
 
 def _check(name: str, value: object, wanted: Sequence[int]) -> int:
@@ -118,12 +119,12 @@ class Family:
             raise ValueError(f"no multiplier {name!r}: {error}") from None
 
     def names(self) -> Iterator[str]:
-        """Every name of the family."""
+        """The names to list: all but those of signed activations with unsigned weights, which few networks use."""
         for bits in self.widths:
             ranges = self.ranges(bits)
             for values in product(*ranges.values()):
                 parameters = dict(zip(ranges, values, strict=True))
-                for a_signed, w_signed in product((False, True), repeat=2):
+                for a_signed, w_signed in _LISTED_FORMATS:
                     yield self._name(bits, a_signed, w_signed, parameters)
 
     def _name(self, bits: int, a_signed: bool, w_signed: bool, parameters: Mapping[str, int]) -> str:
@@ -132,6 +133,7 @@ class Family:
 
     def _pattern(self) -> str:
         parts = Formatter().parse(self.stem)
-        return "".join(
-            re.escape(text) + (f"(?P<{field}>{_NUMBER})" if field else "") for text, field, _, _ in parts
-        ) + (_FORMATS)
+        return (
+            "".join(re.escape(text) + (f"(?P<{field}>{_NUMBER})" if field else "") for text, field, _, _ in parts)
+            + _FORMATS
+        )

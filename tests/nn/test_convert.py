@@ -636,7 +636,16 @@ def fit(model, images, labels, optimizer, steps):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def one_thread():
+    """Small ops by the thousand: OpenMP threads that find the cores taken would spin for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(one_thread):
     """A network that has learnt a small task in float, BatchNorm statistics settled, and the task."""
     torch.manual_seed(0)
     labels = torch.arange(60) % 5
