@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """Return `value` as a pair of ints, both at least `least`, or raise a ValueError that names it."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Iterable) else (value,)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or any(isinstance(v, (bool, float)) or v < least for v in values):
+    if len(values) != 2 or not all(isinstance(v, Integral) and not isinstance(v, bool) and v >= least for v in values):
         raise ValueError(f"{name} must be an int or a pair of ints, each at least {least}, got {value!r}")
-    return values
+    return int(values[0]), int(values[1])
 
 
 def conv_output_size(

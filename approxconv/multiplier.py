@@ -47,7 +47,7 @@ def check_table_shape(table: Tensor) -> tuple[int, int]:
     """Return ``(a_bits, w_bits)`` of a table, or raise a ValueError that says what is wrong with its shape."""
     sides = tuple(table.shape)
     bits = tuple(side.bit_length() - 1 for side in sides)
-    fits = all(side == 1 << n and MIN_BITS <= n <= MAX_BITS for side, n in zip(sides, bits, strict=True))
+    fits = all(MIN_BITS <= n <= MAX_BITS and side == 1 << n for side, n in zip(sides, bits, strict=True))
     if len(sides) != 2 or not fits:
         raise ValueError(
             f"table must have shape (2**a_bits, 2**w_bits) with {MIN_BITS} to {MAX_BITS} bits an operand, got {sides}"
@@ -113,26 +113,34 @@ def _as_table(table: Any) -> Tensor:
     """Turn any integer-valued 2-D array into a contiguous int32 CPU tensor, or say why it is none."""
     if isinstance(table, Tensor):
         table = table.detach().cpu()
-        if table.dtype in (torch.bfloat16, torch.float16):
+        if table.is_floating_point() and table.dtype != torch.float64:
             table = table.float()
-        array = table.resolve_conj().resolve_neg().numpy()
+        if table.is_complex():
+            raise ValueError(f"table must hold integers, got dtype {table.dtype}")
+        array = table.resolve_neg().numpy()
     else:
         try:
             array = np.asarray(table)
         except ValueError as error:
             raise ValueError(f"table must be a rectangular 2-D array: {error}") from None
-    if array.dtype.kind not in "iuf":
+    limits = np.iinfo(np.int32)
+    huge = array.dtype == object and all(isinstance(value, int) for value in array.flat)  # ints beyond 64 bits
+    if array.dtype.kind not in "iuf" and not huge:
         raise ValueError(f"table must hold integers, got dtype {array.dtype}")
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
             raise ValueError("table must be finite, got NaN or infinity")
         if (array != np.rint(array)).any():
             raise ValueError(f"table must hold integers, got {array[array != np.rint(array)].flat[0]}")
-    limits = np.iinfo(np.int32)
-    if array.size and (array.min() < limits.min or array.max() > limits.max):
+    # As Python ints: in float32 the largest int32 rounds up to one that does not fit.
+    if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise ValueError(f"table entries must fit int32, got values from {array.min()} to {array.max()}")
-    # A copy always: later writes to the caller's array must not reach a table whose range is already known.
-    return torch.from_numpy(array.astype(np.int32, order="C", copy=True))
+    if huge:
+        raise ValueError("table must hold integers, got dtype object")
+    # A copy always: later writes to the caller's array must not reach a table whose range is already known. Not an
+    # inference tensor even where one would be made: these have no version to tell a write by.
+    with torch.inference_mode(False):
+        return torch.from_numpy(array.astype(np.int32, order="C", copy=True))
 
 
 def _check_flag(name: str, value: object) -> bool:
@@ -184,7 +192,7 @@ class Multiplier:
         self.name = str(name)
         self.table = _as_table(table)
         self.a_bits, self.w_bits = check_table_shape(self.table)
-        self._copies: dict[torch.device, Tensor] = {}
+        self._copies: dict[torch.device, tuple[int, Tensor]] = {}
 
     @classmethod
     def exact(cls, bits: int | tuple[int, int] = 8, a_signed: bool = False, w_signed: bool = True) -> Multiplier:
@@ -270,9 +278,11 @@ class Multiplier:
             return self.table
         if device.index is None:
             device = torch.empty(0, device=device).device
-        if device not in self._copies:
-            self._copies[device] = self.table.to(device)
-        return self._copies[device]
+        version, copy = self._copies.get(device, (None, None))
+        if version != self.table._version:
+            copy = self.table.to(device)
+            self._copies[device] = (self.table._version, copy)
+        return copy
 
     def _products(self) -> np.ndarray:
         a, w = operand_values(self.a_bits, self.a_signed), operand_values(self.w_bits, self.w_signed)
@@ -350,7 +360,7 @@ class Multiplier:
             name=f"{self.name}_sm" if self.name else "",
         )
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """SHA-256 of the operand formats and the table; the name takes no part."""
         head = f"{self.a_bits},{self.w_bits},{self.a_signed:d},{self.w_signed:d};"
