@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +22,14 @@ def once_per_version(function: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
     """
     known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
     lock = threading.Lock()
+
+    def renew_lock() -> None:
+        """Another thread of the parent may have held it when this process was forked."""
+        nonlocal lock
+        lock = threading.Lock()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew_lock)
 
     @wraps(function)
     def cached(tensor: Tensor) -> T:

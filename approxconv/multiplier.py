@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._versioned import once_per_version
 
@@ -78,6 +79,8 @@ class PreparedTable:
     @cached_property
     def columns(self) -> Tensor:
         """``rows`` transposed and contiguous: indexed ``[weight_code, activation_code]``."""
+        if self.rows.device.type == "cpu":
+            return torch.from_numpy(np.ascontiguousarray(self.rows.numpy().T))
         return self.rows.T.contiguous()
 
     @property
@@ -99,13 +102,24 @@ def prepare(table: Tensor) -> PreparedTable:
     -------
     PreparedTable
         On the table's device. A second call with the same tensor, not written to in between, reads nothing back.
+
+    Notes
+    -----
+    On the CPU by NumPy: torch's threads do not survive a fork, and a child may meet a new table.
     """
-    low, high = (int(v) for v in torch.stack(torch.aminmax(table)).tolist())
+    if table.device.type == "cpu":
+        low, high = int(table.numpy().min()), int(table.numpy().max())
+    else:
+        low, high = (int(v) for v in torch.stack(torch.aminmax(table)).tolist())
     narrow = high - low <= _INT16_SPAN
     # The offset nearest to zero that fits int16, so never larger than the largest entry.
     offset = max(high - (2**15 - 1), 0) + min(low + 2**15, 0) if narrow else 0
-    a_side, w_side = table.shape
-    rows = (table - offset).to(torch.int16 if narrow else torch.int32).repeat(256 // a_side, 256 // w_side)
+    repeats = tuple(256 // side for side in table.shape)
+    if table.device.type == "cpu":
+        entries = (table.numpy() - offset).astype(np.int16 if narrow else np.int32)
+        rows = torch.from_numpy(np.ascontiguousarray(np.tile(entries, repeats)))
+    else:
+        rows = (table - offset).to(torch.int16 if narrow else torch.int32).repeat(repeats)
     return PreparedTable(low, high, offset, rows)
 
 
@@ -409,4 +423,5 @@ def _rebuild(table: np.ndarray, a_signed: bool, w_signed: bool, name: str) -> Mu
 def _exact(bits: tuple[int, int], a_signed: bool, w_signed: bool) -> Multiplier:
     formats = [f"{n}{'s' if signed else 'u'}" for n, signed in zip(bits, (a_signed, w_signed), strict=True)]
     name = f"exact_{formats[0]}" if formats[0] == formats[1] else f"exact_{formats[0]}_{formats[1]}"
-    return Multiplier.from_function(np.multiply, bits=bits, a_signed=a_signed, w_signed=w_signed, name=name)
+    with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
+        return Multiplier.from_function(np.multiply, bits=bits, a_signed=a_signed, w_signed=w_signed, name=name)

@@ -40,8 +40,12 @@ PLANE = 2048  # pixels of a depthwise band: their 9 products each stay in the fi
 ROW_READ = 3  # reading and transposing a row costs about as much as looking up this many products
 MAX_PLANE = 2**15  # pixels one output row of a depthwise convolution may reach
 MAX_DEPTH_MULTIPLIER = 3  # with more filters a channel, filters make better lanes than taps
-_SCRATCH = 48 * 2**20  # bytes of packed codes over all workers
-_SCRATCH_WORKER = 4 * 2**20
+_SCRATCH = 60 * 2**20  # bytes over all workers
+_SCRATCH_WORKER = 4 * 2**20  # of packed codes
+_MIN_PACKED = 2**19
+_BLOCK_BYTES = 2**20 * 5 // 8  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
+_MAX_COPY = 2**23  # bytes of depthwise weights that may be copied for the sake of their order
+_OFFSET_BYTES = 8  # of the offset of each k's weight
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -467,12 +471,12 @@ def _runs_of(first_row, rows, out_size, image_stride, out_image_stride, row_stri
 
 @_jit
 def _block(
-    x, x_strides, channels, size, kernel, geometry, pad_code, w, w_strides, k_offsets, table, bias, out, out_strides,
+    x, x_strides, channels, size, kernel, geometry, pad_code, w, w_strides, table, bias, accumulate, out, out_strides,
     out_size, group_channels, row_range, group_range, lane_range
 ):  # fmt: skip
     """One task: some output pixels, for some groups and some lanes of each."""
     stride_image, x_group, stride_c, stride_h, stride_w = x_strides
-    w_group, lane_stride = w_strides
+    w_group, lane_stride, w_channel, w_row, w_col = w_strides
     out_image, out_group, out_lane, out_row = out_strides
     rows = row_range[1] - row_range[0]
     taps = kernel[0] * kernel[1]
@@ -484,6 +488,7 @@ def _block(
     tables = np.empty(STEPS * CODES * LANES if by_table else 1, table.dtype)
     tile = np.empty(LANES * LANES, np.int32)
     offsets = np.empty(LANES, np.int64)
+    k_offsets = np.empty(group_channels * taps, np.int64)
     runs = np.empty((rows, 5), np.int64)
     out_rows = np.empty(rows, np.int64)
     n_runs = _runs_of(row_range[0], rows, out_size, stride_image, out_image, out_row, runs, out_rows)
@@ -496,8 +501,11 @@ def _block(
                 packed, rows, x, group * x_group + c * stride_c, some, (stride_c, stride_h, stride_w), size, kernel,
                 geometry, pad_code, runs, n_runs, offsets
             )  # fmt: skip
-            first = c == 0
-            some_k = k_offsets[c * taps : (c + some) * taps]
+            for k in range(some * taps):
+                tap = k % taps
+                k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+            first = c == 0 and not accumulate
+            some_k = k_offsets[: some * taps]
             start = np.int32(bias if first else 0)
             if by_table:
                 _row_tables(
@@ -657,6 +665,8 @@ def _even_ranges(total: int, parts: int) -> list[tuple[int, int]]:
 
 def _flat(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes from its first element to its last, as a 1-D array: no copy, whatever the strides."""
+    if tensor.numel() == 0:
+        return np.empty(1, np.uint8)  # has a type and is not read
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.detach().as_strided((span,), (1,)).numpy()
 
@@ -668,6 +678,7 @@ def _product_sum(
     bias: int,
     out: Tensor,
     out_strides: tuple[int, int, int, int],
+    out_size: tuple[int, int],
     geometry: tuple[int, int, int, int, int, int],
     pad_code: int,
 ) -> None:
@@ -676,22 +687,47 @@ def _product_sum(
     x is ``(B, g, C/g, H, W)``, w is ``(g, O/g, C/g, kh, kw)``, both with any strides; `table` is ``[w_code, x_code]``;
     `geometry` is stride, padding and dilation; `out_strides` are those of (image, group, output channel, output pixel).
     """
+    kernel_h, kernel_w = w.shape[3:]
+    most = _MIN_PACKED // (1 + _OFFSET_BYTES)
+    step_h, step_w, pad_h, pad_w, dil_h, dil_w = geometry
+    cols = min(kernel_w, most)
+    rows = min(kernel_h, most // cols)
+    accumulate = False
+    for r in range(0, kernel_h, rows):  # once, but for kernels of more taps than the scratch holds
+        for s in range(0, kernel_w, cols):
+            shifted = (step_h, step_w, pad_h - r * dil_h, pad_w - s * dil_w, dil_h, dil_w)
+            part = w[:, :, :, r : r + rows, s : s + cols]
+            _partial_sum(x, part, table, bias, accumulate, out, out_strides, out_size, shifted, pad_code)
+            accumulate = True
+
+
+def _partial_sum(
+    x: Tensor,
+    w: Tensor,
+    table: Tensor,
+    bias: int,
+    accumulate: bool,
+    out: Tensor,
+    out_strides: tuple[int, int, int, int],
+    out_size: tuple[int, int],
+    geometry: tuple[int, int, int, int, int, int],
+    pad_code: int,
+) -> None:
+    """`_product_sum` of a kernel whose taps fit the scratch; `accumulate` adds to what is in `out`, without bias."""
     batch, groups, channels, *size = x.shape
     _, lanes, _, *kernel = w.shape
-    out_size = conv_output_size(size, kernel, geometry[0:2], geometry[2:4], geometry[4:6])
-    workers = torch.get_num_threads()
     total, taps = batch * out_size[0] * out_size[1], kernel[0] * kernel[1]
-    budget = min(_SCRATCH_WORKER, _SCRATCH // workers)
-    blocks = -(-total // max(1, min(MAX_ROWS, budget // taps)))
+    workers = min(torch.get_num_threads(), _SCRATCH // (_MIN_PACKED + _BLOCK_BYTES))
+    budget = min(_SCRATCH_WORKER, _SCRATCH // workers - _BLOCK_BYTES)
+    blocks = -(-total // max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES)))
     if total >= MIN_ROWS * workers:
         blocks = -(-blocks // workers) * workers
     row_ranges = _even_ranges(total, blocks)
     largest = max(stop - start for start, stop in row_ranges)
-    group_channels = max(1, min(channels, budget // (largest * taps)))
+    group_channels = max(1, min(channels, budget // ((largest + _OFFSET_BYTES) * taps)))
     spare = -(-workers // len(row_ranges))
     group_ranges = _even_ranges(groups, min(groups, spare))
     lane_ranges = _even_ranges(lanes, max(1, min(-(-spare // len(group_ranges)), lanes // LANES)))
-    c, r, s = (np.arange(n, dtype=np.int64) * w.stride(2 + i) for i, n in enumerate((channels, *kernel)))
     common = (
         _flat(x),
         x.stride(),
@@ -701,10 +737,10 @@ def _product_sum(
         geometry,
         np.uint8(pad_code),
         _flat(w),
-        w.stride()[:2],
-        (c[:, None, None] + r[:, None] + s).ravel(),
+        w.stride(),
         table.view(-1).numpy(),
         bias,
+        accumulate,
         _flat(out),
         out_strides,
         out_size,
@@ -737,6 +773,7 @@ def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
         x.shape[-1] * known.offset,
         out,
         (0, rows * columns, columns, 1) if swapped else (0, rows * columns, 1, columns),
+        (1, row_codes.shape[1]),
         (1, 1, 0, 0, 1, 1),
         0,
     )
@@ -796,6 +833,7 @@ def lut_conv2d(
         w[0].numel() * known.offset,
         y,
         (y.stride(0), w.shape[0] // groups * lane, lane, 1),
+        (out_h, out_w),
         geometry,
         pad_code,
     )
@@ -821,12 +859,17 @@ def lut_dwconv2d(
     out_h, out_w = conv_output_size(size, kernel, stride, padding, dilation)
     reach = dilation[0] * (kernel[0] - 1) + 1
     cols = (out_w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
-    if reach * cols > MAX_PLANE or multiplier > MAX_DEPTH_MULTIPLIER:
+    known = prepare(table)
+    copied = 0 if w.is_contiguous() else w.numel()
+    if reach * cols > MAX_PLANE or multiplier > MAX_DEPTH_MULTIPLIER or copied > _MAX_COPY:
         return lut_conv2d(x, w, table, stride, padding, dilation, channels, pad_code)
     band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
-    known = prepare(table)
+    plane = ((band - 1) * stride[0] + reach) * cols
+    # Codes and products of 16 channels, their tables, the sums.
+    worker_bytes = LANES * (plane + LANES) * (1 + known.rows.itemsize) + LANES * CODES * LANES * known.rows.itemsize
+    worker_bytes += 4 * (band * max(cols, out_w + LANES) + LANES)
     y = torch.empty(batch, w.shape[0], out_h, out_w, dtype=torch.int32)
-    workers = torch.get_num_threads()
+    workers = max(1, min(torch.get_num_threads(), (_SCRATCH - copied) // worker_bytes))
     blocks = -(-channels // LANES)
     channel_ranges = [
         (LANES * first, min(LANES * last, channels)) for first, last in _even_ranges(blocks, min(blocks, 4 * workers))

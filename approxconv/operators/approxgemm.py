@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .conv2d import Lut, operands, result_dtype
+from .conv2d import Lut, operands, round_once
 from .straight_through import save_operands, saved_operands, wanted
 
 
@@ -33,7 +34,8 @@ def _gemm_bwd_ste(
         Which of the two to compute; the other is None.
     """
     grad_x = grad @ w.to(grad.dtype) if needs[0] else None
-    grad_w = grad.reshape(-1, grad.shape[-1]).T @ x.to(grad.dtype).reshape(-1, x.shape[-1]) if needs[1] else None
+    rows = math.prod(grad.shape[:-1])  # -1 would be ambiguous where a side is 0
+    grad_w = grad.reshape(rows, grad.shape[-1]).T @ x.to(grad.dtype).reshape(rows, x.shape[-1]) if needs[1] else None
     return grad_x, grad_w
 
 
@@ -70,7 +72,7 @@ class ApproxGeMMOp(torch.autograd.Function):
         rows = x_codes[None] if x.ndim == 1 else x_codes
         y = torch.ops.approxconv.lut_matmul(rows, w_codes, table)
         save_operands(ctx, x_codes, w_codes)
-        return (y[0] if x.ndim == 1 else y).to(result_dtype(x, w))
+        return round_once(y[0] if x.ndim == 1 else y, x, w)
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,7 @@ to the operand's range here) or uint8/int8 tensors. What the values mean as code
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from .straight_through import save_operands, saved_operands, wanted
 
 Lut = Multiplier | Tensor | None
 _CONF_KEYS = ("stride", "padding", "dilation", "groups")
+# By signedness, made beforehand: torch.compile cannot trace the making.
+_EXACT = {signed: Multiplier.exact(MAX_BITS, *signed) for signed in itertools.product((False, True), repeat=2)}
 
 
 @dataclass
@@ -119,17 +122,30 @@ def operands(x: Tensor, w: Tensor, lut: Lut) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"lut must be a Multiplier, a table tensor or None, got {type(lut).__name__}")
     x_codes, w_codes = to_codes(x.detach(), "x", a_bits, None), to_codes(w.detach(), "w", w_bits, None)
     if lut is None:
-        exact = Multiplier.exact(MAX_BITS, x_codes.dtype == torch.int8, w_codes.dtype == torch.int8)
+        exact = _EXACT[x_codes.dtype == torch.int8, w_codes.dtype == torch.int8]
         return x_codes, w_codes, exact.on(x.device)
     return x_codes, w_codes, lut
 
 
-def result_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+def _result_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     """Floating dtype of x, else of w, else torch's default one."""
     for operand in (x, w):
         if operand.is_floating_point():
             return operand.dtype
     return torch.get_default_dtype()
+
+
+def round_once(sums: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """int32 sums in the floating dtype that x and w ask for, rounded to nearest, ties to even.
+
+    torch converts to bfloat16 by way of float32, which rounds twice. Rounding to odd at bit 7, far below bfloat16's
+    last place, makes the first one exact where it would not be, at 2**24 and beyond, and leaves the second one right.
+    """
+    dtype = _result_dtype(x, w)
+    if dtype == torch.bfloat16:
+        odd = sums & ~0x7F | torch.where(sums & 0x7F != 0, 0x80, 0)
+        sums = torch.where(sums.abs() >= 2**24, odd, sums)
+    return sums.to(dtype)
 
 
 def _conv_bwd_ste(
@@ -220,7 +236,7 @@ class ApproxConv2dOp(torch.autograd.Function):
         )
         ctx.conf = conf
         save_operands(ctx, x_codes, w_codes)
-        return y.to(result_dtype(x, w))
+        return round_once(y, x, w)
 
     @staticmethod
     @once_differentiable
@@ -268,7 +284,7 @@ class ApproxDWConv2dOp(torch.autograd.Function):
         )
         ctx.conf = conf
         save_operands(ctx, x_codes, w_codes)
-        return y.to(result_dtype(x, w))
+        return round_once(y, x, w)
 
     @staticmethod
     @once_differentiable
