@@ -1,9 +1,11 @@
-"""Sizes of convolutions."""
+"""Sizes of convolutions, and batches of matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
+
+from torch import Tensor
 
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -41,3 +43,31 @@ def conv_output_size(
             )
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
     return out[0], out[1]
+
+
+def flat_batches(x: Tensor, w: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``(G, M, K)``, ``(G, N, K)`` and ``(G, M, N)`` views that together are the product of x with w into y.
+
+    Parameters
+    ----------
+    x, w : Tensor
+        ``(..., M, K)`` and ``(..., N, K)``, leading dimensions that broadcast to y's.
+    y : Tensor
+        ``(..., M, N)``, contiguous.
+    """
+    if w.ndim == 2 and x.ndim > 2 and x.is_contiguous():  # one w for all: more rows, not more products
+        yield x.view(1, -1, x.shape[-1]), w[None], y.view(1, -1, y.shape[-1])
+    else:
+        batch = y.shape[:-2]
+        yield from _flat(x.expand(*batch, *x.shape[-2:]), w.expand(*batch, *w.shape[-2:]), y)
+
+
+def _flat(x: Tensor, w: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Flatten the leading dimensions where that takes no copy, else go through the first of them."""
+    try:
+        views = tuple(tensor.view(-1, *tensor.shape[-2:]) for tensor in (x, w, y))
+    except RuntimeError:
+        for parts in zip(x, w, y, strict=True):
+            yield from _flat(*parts)
+    else:
+        yield views

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 
-ENGINES = ("reference", "cpu", "cuda")
+ENGINES = ("reference", "cpu", "cuda", "host_cuda")
+_KERNEL_ENGINES = ("cuda", "host_cuda")
 _DEVICE_ENGINE = {"cpu": "cpu", "cuda": "cuda"}
 _override: ContextVar[str] = ContextVar("approxconv_engine", default="auto")
 
@@ -30,8 +31,12 @@ class EngineError(RuntimeError):
 
 def check_engine(name: str) -> str:
     """Return `name` if it is ``"auto"`` or an engine, else raise a ValueError that lists them."""
-    if name != "auto" and name not in ENGINES:
-        raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
+    base, colon, kernel = name.partition(":")
+    if name != "auto" and (base not in ENGINES or (colon and (not kernel or base not in _KERNEL_ENGINES))):
+        raise ValueError(
+            f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, or 'cuda:KERNEL' or 'host_cuda:KERNEL' "
+            f"for a kernel source of your own, got {name!r}"
+        )
     return name
 
 
@@ -42,7 +47,9 @@ def use_engine(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        ``"reference"`` (gather and sum, any device), ``"cpu"`` (row tables in Numba), ``"cuda"`` or ``"auto"``.
+        ``"reference"`` (gather and sum, any device), ``"cpu"`` (row tables in Numba), ``"cuda"``, ``"host_cuda"`` (the
+        CUDA kernels on the CPU, slowly) or ``"auto"``. ``"cuda:KERNEL"`` and ``"host_cuda:KERNEL"`` use the kernel
+        source ``KERNEL.cu`` for those operators whose kernels it defines.
 
     Raises
     ------
@@ -56,8 +63,8 @@ def use_engine(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def select(name: str, device: torch.device) -> ModuleType:
-    """Return the engine module for `name` on `device`.
+def select(name: str, device: torch.device) -> Any:
+    """Return the engine for `name` on `device`: something with the three functions.
 
     Raises
     ------
@@ -72,7 +79,10 @@ def select(name: str, device: torch.device) -> ModuleType:
         name = _override.get()
     if name == "auto":
         name = _DEVICE_ENGINE.get(device.type, "reference")
-    engine = import_module(f".{name}", __name__)
+    base, _, kernel = name.partition(":")
+    engine = import_module(f".{base}", __name__)
+    if kernel:
+        engine = engine.with_kernel(kernel)
     reason = engine.unavailable(device)
     if reason is not None:
         raise EngineError(f"engine {name!r} cannot run here: {reason}")

@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..geometry import conv_output_size
+from ..geometry import conv_output_size, flat_batches
 from ..multiplier import PreparedTable, prepare
 
 LANES = 16  # columns of a row table: one 64-byte vector of int32 sums
@@ -779,17 +779,6 @@ def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
     )
 
 
-def _batched_matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
-    """Flatten the leading dimensions where that takes no copy, else go through the first of them."""
-    try:
-        views = [tensor.view(-1, *tensor.shape[-2:]) for tensor in (x, w, out)]
-    except RuntimeError:
-        for x_part, w_part, out_part in zip(x, w, out, strict=True):
-            _batched_matmul(x_part, w_part, known, out_part)
-    else:
-        _matmul(*views[:2], known, views[2])
-
-
 def unavailable(device: torch.device) -> str | None:
     """Runs on CPU tensors only."""
     return None if device.type == "cpu" else f"it takes CPU tensors, got tensors on {device}"
@@ -798,15 +787,10 @@ def unavailable(device: torch.device) -> str | None:
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``; whichever of m and n is cheaper as rows is the rows."""
     known = prepare(table)
-    rows, depth = x.shape[-2:]
-    columns = w.shape[-2]
-    if w.ndim == 2 and x.ndim > 2 and x.is_contiguous():
-        y = torch.empty(*x.shape[:-1], columns, dtype=torch.int32)
-        _matmul(x.view(1, -1, depth), w[None], known, y.view(1, -1, columns))
-        return y
     batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    y = torch.empty(*batch, rows, columns, dtype=torch.int32)
-    _batched_matmul(x.expand(*batch, rows, depth), w.expand(*batch, columns, depth), known, y)
+    y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32)
+    for x_part, w_part, y_part in flat_batches(x, w, y):
+        _matmul(x_part, w_part, known, y_part)
     return y
 
 

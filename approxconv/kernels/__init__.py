@@ -1,6 +1,31 @@
-"""Find, compile and launch the ``.cu`` files. The only importer of CuPy."""
+"""Find, compile, plan, launch and verify the ``.cu`` files. The only importer of CuPy."""
 
-from .launch import Plan, launch, require_cupy
-from .sources import source_dir, source_path
+from .compile import KernelCompileError, compile_kernel, info
+from .launch import device_target, launch, require_cupy
+from .operators import KernelEngine
+from .plan import Plan, Target
+from .sources import copy_sources, read, reload, source, source_dir, source_path, use_source
+from .sources import list_sources as list
+from .verify import benchmark, verify
 
-__all__ = ["Plan", "launch", "require_cupy", "source_dir", "source_path"]
+__all__ = [
+    "KernelCompileError",
+    "KernelEngine",
+    "Plan",
+    "Target",
+    "benchmark",
+    "compile_kernel",
+    "copy_sources",
+    "device_target",
+    "info",
+    "launch",
+    "list",
+    "read",
+    "reload",
+    "require_cupy",
+    "source",
+    "source_dir",
+    "source_path",
+    "use_source",
+    "verify",
+]

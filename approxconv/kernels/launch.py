@@ -1,40 +1,21 @@
-"""From a plan, made without a GPU, to a running kernel."""
+"""The CuPy launcher: plans run on torch's tensors and torch's current stream. The only place that loads modules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+import os
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .sources import source_path
+from .compile import compile_kernel
+from .plan import Plan, Target
+from .sources import on_reload, read
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a launch needs.
-
-    Attributes
-    ----------
-    source : str
-        Name of the ``.cu`` file, without suffix.
-    kernel : str
-        Name of the ``extern "C"`` function.
-    grid, block : tuple of int
-        Launch geometry.
-    arguments : tuple of Tensor or numpy.generic
-        In the kernel's order; a tensor is passed as the address of its first element.
-    """
-
-    source: str
-    kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    arguments: tuple[Tensor | np.generic, ...]
+_DEFAULT_SHARED = 48 * 2**10  # bytes of dynamic shared memory that need no opt-in
+_first_process: int | None = None
 
 
 def require_cupy() -> Any:
@@ -56,18 +37,74 @@ def require_cupy() -> Any:
 
 
 @cache
-def _function(path: Path, _modified: int, kernel: str, _device: int) -> Any:
-    """Compile a source for the current device, once per version of the file."""
-    return require_cupy().RawModule(code=path.read_text(), options=("-std=c++17",)).get_function(kernel)
+def device_target(index: int) -> Target:
+    """What planning needs to know of CUDA device `index`."""
+    attributes = require_cupy().cuda.Device(index).attributes
+    return Target(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
 
 
-def launch(plan: Plan, device: torch.device) -> None:
-    """Run a plan whose tensors lie on `device`, on torch's current stream there."""
+@lru_cache(maxsize=64)
+def _module(source: str, _fingerprint: str, index: int) -> Any:
+    """Load a source for the current device, once a version."""
     cupy = require_cupy()
-    path = source_path(plan.source)
+    arch = f"sm_{cupy.cuda.Device(index).compute_capability}"
+    return cupy.RawModule(path=str(compile_kernel(source, arch).path))
+
+
+@lru_cache(maxsize=1024)
+def _function(source: str, fingerprint: str, index: int, kernel: str, shared: int) -> Any:
+    function = _module(source, fingerprint, index).get_function(kernel)
+    if shared > _DEFAULT_SHARED:
+        function.max_dynamic_shared_size_bytes = shared
+    return function
+
+
+on_reload(_function.cache_clear)
+on_reload(_module.cache_clear)
+
+
+def _check_process() -> None:
+    global _first_process
+    if _first_process is None:
+        _first_process = os.getpid()
+    elif _first_process != os.getpid():
+        raise RuntimeError(
+            "CUDA kernels were launched before this process was forked, and CUDA does not survive a fork: start "
+            "workers with the 'spawn' method, or keep CUDA tensors out of them"
+        )
+
+
+def launch(plans: Sequence[Plan], device: torch.device) -> None:
+    """Run plans, in order, whose tensors lie on `device`, on torch's current stream there.
+
+    Raises
+    ------
+    ImportError
+        CuPy is not installed.
+    KernelCompileError
+        A source does not compile.
+    RuntimeError
+        CUDA was used before this process was forked.
+    """
+    _check_process()
+    cupy = require_cupy()
     index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(index), cupy.cuda.Device(index):
-        function = _function(path, path.stat().st_mtime_ns, plan.kernel, index)
-        arguments = [cupy.from_dlpack(a.detach()) if isinstance(a, Tensor) else a for a in plan.arguments]
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream(index)):
-            function(plan.grid, plan.block, tuple(arguments))
+    # DLPack is asked inside the stream's context: torch then has nothing to synchronise.
+    with (
+        torch.cuda.device(index),
+        cupy.cuda.Device(index),
+        cupy.cuda.Stream.from_external(torch.cuda.current_stream(index)),
+    ):
+        shared_tensors: dict[int, Any] = {}
+
+        def argument(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in shared_tensors:
+                shared_tensors[id(value)] = cupy.from_dlpack(value.detach())
+            return shared_tensors[id(value)]
+
+        versions = {name: read(name).fingerprint for name in {plan.source for plan in plans}}
+        for plan in plans:
+            function = _function(plan.source, versions[plan.source], index, plan.kernel, plan.shared)
+            function(plan.grid, plan.block, tuple(map(argument, plan.arguments)), shared_mem=plan.shared)

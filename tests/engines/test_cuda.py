@@ -1,126 +1,41 @@
-"""The CUDA engine: its plans run through the very same .cu on the CPU here, and on the GPU where there is one."""
+"""The CUDA engine on a GPU: every op and Function against the oracle, streams, graphs, memory."""
 
-import ctypes
-import re
-import shutil
 import subprocess
-from pathlib import Path
+import sys
 
-import numpy as np
 import pytest
 import torch
 
+import approxconv
+from approxconv import Multiplier
 from approxconv.engines import cuda, reference
-from approxconv.kernels import source_path
-from approxconv.multiplier import prepare
+from approxconv.kernels import copy_sources, info, use_source, verify
+from approxconv.kernels.verify import CASES
+from approxconv.operators import (
+    ApproxConv2dOp,
+    ApproxDWConv2dOp,
+    ApproxGeMMOp,
+    Conv2dArgs,
+    FastApproxConv2dOp,
+    FastApproxGeMMOp,
+)
 
-SHIM = Path(__file__).parent.parent / "host_cuda" / "cuda_on_host.h"
-
-
-@pytest.fixture(scope="module")
-def run_on_host(tmp_path_factory):
-    """A function that executes a plan on the CPU, through g++, with the address and undefined-behaviour sanitisers."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to run CUDA sources on the CPU")
-    folder = tmp_path_factory.mktemp("host_cuda")
-    libraries = {}
-
-    def build(source):
-        path = source_path(source)
-        wrappers = [f'#include "{SHIM}"\n#include "{path}"\n']
-        for name, signature in re.findall(r'extern "C" __global__ void (\w+)\(([^)]*)\)', path.read_text()):
-            names = [part.split()[-1].lstrip("*") for part in signature.split(",")]
-            wrappers.append(
-                f'extern "C" void host_{name}(const unsigned* grid, const unsigned* block, {signature}) '
-                f"{{ run_grid({name}, grid, block, {', '.join(names)}); }}\n"
-            )
-        (folder / f"{source}.cpp").write_text("".join(wrappers))
-        library = folder / f"{source}.so"
-        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-fsanitize=undefined"]
-        flags += ["-fno-sanitize-recover=all"]
-        subprocess.run(["g++", *flags, str(folder / f"{source}.cpp"), "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
-
-    def run(plan):
-        if plan.source not in libraries:
-            libraries[plan.source] = build(plan.source)
-        triple = ctypes.c_uint * 3
-        arguments = []
-        for argument in plan.arguments:
-            if isinstance(argument, torch.Tensor):
-                arguments.append(ctypes.c_void_p(argument.data_ptr()))
-            else:
-                arguments.append({np.int32: ctypes.c_int, np.uint8: ctypes.c_ubyte}[type(argument)](argument.item()))
-        getattr(libraries[plan.source], f"host_{plan.kernel}")(triple(*plan.grid), triple(*plan.block), *arguments)
-
-    return run
+MIB = 2**20
+OPS = torch.ops.approxconv
 
 
-def codes(generator, *shape):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+def codes(*shape, dtype=torch.uint8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (0, 256) if dtype == torch.uint8 else (-128, 128)
+    return torch.randint(low, high, shape, dtype=dtype, generator=generator)
 
 
-TABLES = {
-    "narrow": lambda g: torch.randint(-(2**15), 2**15, (256, 256), dtype=torch.int32, generator=g),
-    "offset": lambda g: torch.randint(0, 65026, (256, 256), dtype=torch.int32, generator=g),
-    "wide": lambda g: torch.randint(-(2**20), 2**20, (256, 256), dtype=torch.int32, generator=g),
-    "4x6": lambda g: torch.randint(-500, 500, (16, 64), dtype=torch.int32, generator=g),
-}
-CONVS = [  # batch, channels, size, filters, kernel, stride, padding, dilation, groups
-    (2, 3, (9, 7), 10, (3, 2), (1, 2), (1, 0), (1, 1), 1),
-    (1, 6, (8, 11), 9, (2, 3), (3, 1), (2, 3), (2, 1), 3),
-    (3, 5, (6, 6), 10, (3, 3), (1, 1), (1, 1), (1, 2), 5),
-    (1, 1, (1, 1), 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
-    (1, 2, (2, 2), 18, (3, 3), (2, 2), (4, 4), (1, 1), 2),
-]
+def hostile(low=-(2**15), high=2**15, shape=(256, 256)):
+    return torch.randint(low, high, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("case", CONVS)
-def test_conv2d_plan_on_the_host(run_on_host, table, case):
-    generator = torch.Generator().manual_seed(3)
-    batch, channels, size, filters, kernel, stride, padding, dilation, groups = case
-    x, w = codes(generator, batch, channels, *size), codes(generator, filters, channels // groups, *kernel)
-    entries = TABLES[table](generator)
-    expected = reference.lut_conv2d(x, w, entries, stride, padding, dilation, groups, 200)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        y = torch.full_like(expected, -7)
-        operands = (x.contiguous(memory_format=memory_format), w.contiguous(memory_format=memory_format))
-        run_on_host(cuda.conv2d_plan(*operands, prepare(entries), y, (*stride, *padding, *dilation), groups, 200))
-        assert torch.equal(y, expected)
-
-
-@pytest.mark.parametrize("shapes", [((5, 3), (9, 3)), ((2, 1, 4, 7), (3, 6, 7)), ((300, 2), (1, 2))])
-def test_matmul_plan_on_the_host(run_on_host, shapes):
-    generator = torch.Generator().manual_seed(4)
-    x, w = (codes(generator, *shape) for shape in shapes)
-    entries = TABLES["offset"](generator)
-    expected = reference.lut_matmul(x, w, entries)
-    y = torch.full_like(expected, -7)
-    run_on_host(cuda.matmul_plan(x, w, prepare(entries), y))
-    assert torch.equal(y, expected)
-
-
-def test_tile_sizes_are_read_from_the_source(tmp_path, monkeypatch):
-    text = source_path("lut_conv2d").read_text()
-    (tmp_path / "lut_conv2d.cu").write_text(text.replace("THREADS = 256", "THREADS = 64"))
-    monkeypatch.setenv("APPROXCONV_CUDA_SRC", str(tmp_path))
-    x = torch.zeros(1, 1, 10, 10, dtype=torch.uint8)
-    w = torch.zeros(3, 1, 1, 1, dtype=torch.uint8)
-    y = torch.zeros(1, 3, 10, 10, dtype=torch.int32)
-    table = torch.zeros(256, 256, dtype=torch.int32)
-    plan = cuda.conv2d_plan(x, w, prepare(table), y, (1, 1, 0, 0, 1, 1), 1, 0)
-    assert plan.block == (64, 1, 1)
-    assert plan.grid == (2, 1, 1)
-
-
-def test_missing_sources_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("APPROXCONV_CUDA_SRC", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        source_path("lut_conv2d")
-    monkeypatch.setenv("APPROXCONV_CUDA_SRC", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"lut_conv2d\.cu"):
-        source_path("lut_conv2d")
+def conv_on(x, w, table, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, pad_code=7):
+    return OPS.lut_conv2d(x, w, table, list(stride), list(padding), list(dilation), groups, pad_code)
 
 
 def test_cpu_tensors_are_refused():
@@ -128,23 +43,222 @@ def test_cpu_tensors_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("case", CONVS)
-def test_conv2d_on_the_gpu(table, case):
-    generator = torch.Generator().manual_seed(5)
-    batch, channels, size, filters, kernel, stride, padding, dilation, groups = case
-    x, w = codes(generator, batch, channels, *size), codes(generator, filters, channels // groups, *kernel)
-    entries = TABLES[table](generator)
-    expected = reference.lut_conv2d(x, w, entries, stride, padding, dilation, groups, 9)
-    on_gpu = (tensor.cuda() for tensor in (x, w, entries))
-    y = torch.ops.approxconv.lut_conv2d(*on_gpu, stride, padding, dilation, groups, 9, engine="cuda")
+@pytest.mark.parametrize("source", CASES)
+def test_every_kernel_equals_the_oracle(source):
+    report = verify(source, engine="cuda", seed=2)
+    assert report.ok, str(report)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("x", "w", "arguments"),
+    [
+        ((64, 64, 56, 56), (64, 64, 3, 3), {}),
+        ((16, 512, 7, 7), (512, 512, 3, 3), {}),
+        ((8, 3, 224, 224), (64, 3, 7, 7), {"stride": (2, 2), "padding": (3, 3)}),
+        ((4, 96, 28, 20), (64, 24, 3, 5), {"stride": (1, 2), "dilation": (2, 1), "groups": 4}),
+    ],
+)
+def test_large_convolutions(x, w, arguments):
+    x, w, table = codes(*x), codes(*w, seed=3), hostile()
+    with approxconv.use_engine("cpu"):
+        expected = conv_on(x, w, table, **arguments)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        got = conv_on(x.cuda().contiguous(memory_format=memory_format), w.cuda(), table.cuda(), **arguments)
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 2])
+def test_large_depthwise(stride):
+    x, w, table = codes(16, 96, 112, 112), codes(96, 1, 3, 3, seed=3), hostile()
+    arguments = ([stride] * 2, [1, 1], [1, 1], 7)
+    expected = OPS.lut_dwconv2d(x, w, table, *arguments, engine="cpu")
+    assert torch.equal(OPS.lut_dwconv2d(x.cuda(), w.cuda(), table.cuda(), *arguments).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(4096, 1024, 512), (64, 1000, 512), (1, 1000, 512), (3000, 9, 4097)])
+def test_products_of_any_proportions(m, n, k):
+    x, w, table = codes(m, k, dtype=torch.int8), codes(n, k, seed=3), hostile(0, 65026)
+    expected = OPS.lut_matmul(x, w, table, engine="cpu")
+    assert torch.equal(OPS.lut_matmul(x.cuda(), w.cuda(), table.cuda()).cpu(), expected)
+
+
+FUNCTIONS = {
+    "conv2d": lambda x, w, m: ApproxConv2dOp.apply(x, w, Conv2dArgs(4, 6, 3, 2, 1), (5, 5), m),
+    "depthwise": lambda x, w, m: ApproxDWConv2dOp.apply(x, w[:4, :1], m, {"stride": 1, "padding": 1}),
+    "gemm": lambda x, w, m: ApproxGeMMOp.apply(x, w[:, 0, :, :].flatten(1).repeat(1, 1), m),
+    "fast conv2d": lambda x, w, m: FastApproxConv2dOp.apply(x, w, lambda op, x, w, kwargs: op(x, w, **kwargs), {}),
+    "fast gemm": lambda x, w, m: FastApproxGeMMOp.apply(x, w[:, 0].flatten(1), lambda op, x, w, kwargs: op(x, w)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_their_gradients(name):
+    multiplier = Multiplier(hostile(), a_signed=True, w_signed=True)
+    shape = (2, 4, 9, 9)
+    results = []
+    for device in ("cpu", "cuda"):
+        x, w = (codes(*s, dtype=torch.int8, seed=4).double().to(device).requires_grad_() for s in (shape, (6, 4, 3, 3)))
+        y = FUNCTIONS[name](x, w, multiplier)
+        y.backward(torch.ones_like(y))
+        results.append([t.detach().cpu() for t in (y, x.grad, w.grad)])
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+def test_autocast_leaves_codes_alone():
+    x, w, table = codes(300, 40).cuda(), codes(20, 40).cuda(), hostile().cuda()
+    with torch.autocast("cuda", torch.float16):
+        y = OPS.lut_matmul(x, w, table)
+    assert y.dtype == torch.int32
+    assert torch.equal(y.cpu(), reference.lut_matmul(x.cpu(), w.cpu(), table.cpu()))
+
+
+@pytest.mark.gpu
+def test_a_side_stream_is_waited_for_by_nobody_else():
+    x, w, table = codes(2048, 512), codes(256, 512), hostile()
+    expected = OPS.lut_matmul(x, w, table, engine="cpu")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # work that an unordered kernel would overtake
+        on_gpu = [tensor.pin_memory().to("cuda", non_blocking=True) for tensor in (x, w, table)]
+        y = OPS.lut_matmul(*on_gpu)
+    assert not stream.query()  # nothing made the host wait
+    stream.synchronize()
     assert torch.equal(y.cpu(), expected)
 
 
 @pytest.mark.gpu
-def test_matmul_on_the_gpu_on_a_side_stream():
-    generator = torch.Generator().manual_seed(6)
-    x, w, entries = codes(generator, 3, 70, 33), codes(generator, 3, 41, 33), TABLES["wide"](generator)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        y = torch.ops.approxconv.lut_matmul(x.cuda(), w.cuda(), entries.cuda(), engine="cuda")
-        assert torch.equal(y.cpu(), reference.lut_matmul(x, w, entries))
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    x, w, table = codes(300, 40), codes(20, 40), hostile()
+    y = OPS.lut_matmul(*(tensor.to("cuda:1") for tensor in (x, w, table)))
+    assert y.device == torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(y.cpu(), reference.lut_matmul(x, w, table))
+
+
+@pytest.mark.gpu
+def test_graph_capture_once_warmed_up():
+    x, w, table = codes(8, 16, 14, 14).cuda(), codes(32, 16, 3, 3).cuda(), hostile().cuda()
+    depthwise = codes(16, 1, 3, 3).cuda()
+
+    def run():
+        return conv_on(x, w, table), OPS.lut_dwconv2d(x, depthwise, table, [1, 1], [1, 1], [1, 1], 7)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    for seed in (5, 6):
+        x.copy_(codes(*x.shape, seed=seed))
+        w.copy_(codes(*w.shape, seed=seed))
+        graph.replay()
+        for got, expected in zip(outputs, run(), strict=True):
+            assert torch.equal(got, expected)
+    expected = conv_on(x.cpu(), w.cpu(), table.cpu())
+    assert torch.equal(outputs[0].cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_an_edited_kernel_runs_at_the_next_call(tmp_path):
+    x, w, table = codes(5, 12).cuda(), codes(6, 12).cuda(), hostile().cuda()
+    expected = OPS.lut_matmul(x, w, table)
+    folder = copy_sources(tmp_path)
+    with use_source(folder):
+        gather = folder / "gather.cuh"
+        gather.write_text(gather.read_text().replace("int sum = g.bias;", "int sum = g.bias + 1;"))
+        assert torch.equal(OPS.lut_matmul(x, w, table), expected + 1)
+    assert torch.equal(OPS.lut_matmul(x, w, table), expected)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_and_scratch_is_bounded():
+    x, w, table = codes(32, 64, 56, 56).cuda(), codes(64, 64, 3, 3).cuda(), hostile().cuda()
+    y = conv_on(x, w, table)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        y = conv_on(x, w, table)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 64 * MIB
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(100):
+        conv_on(x, w, table)
+    torch.cuda.synchronize()
+    assert torch.cuda.mem_get_info()[0] >= free - 2 * MIB
+
+
+@pytest.mark.gpu
+def test_layers_train_as_on_the_cpu():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 8, 8)
+    approx = approxconv.calibrate(approxconv.approximate(model, "drum4_8u_8s"), [x])
+    results = []
+    for device in ("cpu", "cuda"):
+        approx = approx.to(device)
+        approx.zero_grad()
+        y = approx(x.to(device))
+        y.square().sum().backward()
+        results.append([y.detach().cpu(), *(p.grad.cpu() for p in approx.parameters())])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+def test_info_is_that_of_the_device():
+    known = info("lut_gemm", "lut_gemm_rows6_int16")
+    major, minor = torch.cuda.get_device_capability()
+    assert known.arch == f"sm_{major}{minor}"
+    assert known.spill_stores == 0
+
+
+WORKER = """
+import sys
+import torch, approxconv
+ops = torch.ops.approxconv
+table = torch.arange(65536, dtype=torch.int32).view(256, 256)
+
+def product(i):
+    x = torch.full((300, 40), i, dtype=torch.uint8)
+    try:
+        return ops.lut_matmul(x.cuda(), x[:9].cuda(), table.cuda()).cpu()
+    except RuntimeError as error:
+        return str(error)
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i): return product(i)
+
+if __name__ == "__main__":
+    method = sys.argv[1]
+    if method == "fork": product(0)
+    loader = torch.utils.data.DataLoader(Data(), batch_size=None, num_workers=2, multiprocessing_context=method)
+    for i, got in enumerate(loader):
+        if method == "spawn": assert torch.equal(got, torch.full((300, 9), 40 * int(table[i, i]), dtype=torch.int32))
+        else: assert "spawn" in got, got
+    print("done")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_data_loader_workers(method, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run(
+        [sys.executable, str(script), method], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.strip() == "done", done.stderr

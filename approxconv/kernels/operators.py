@@ -1,0 +1,198 @@
+"""The three operators as plans for the kernels in ``cuda_src/``, and whatever executes these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..geometry import conv_output_size, flat_batches
+from ..multiplier import PreparedTable, prepare
+from .plan import Plan, Target
+from .planning import Problem, Steps, bind, depthwise_steps, product_sum_steps
+from .sources import read
+
+OPERATORS = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
+
+
+def operators_of(source: str) -> list[str]:
+    """The operators that a kernel source has kernels for, by the beginnings of their names."""
+    return [op for op in OPERATORS if any(name.startswith(f"{op}_") for name in read(source).kernels)]
+
+
+class KernelEngine:
+    """The operators by kernels.
+
+    Parameters
+    ----------
+    device_type : str
+        ``"cuda"`` or ``"cpu"``: where the tensors lie.
+    target : callable
+        ``target(device)`` says what planning needs to know of a device.
+    run : callable
+        ``run(plans, device)`` executes plans in order.
+    require : callable
+        Raises an ImportError or RuntimeError that says what is missing here.
+    kernel : str, optional
+        A kernel source that stands in for those of the operators whose kernels it defines.
+    variant : tuple of int, optional
+        Instead of the planner's choice, see `product_sum_steps`.
+
+    Raises
+    ------
+    ValueError
+        `kernel` defines no kernel of any operator.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        target: Callable[[torch.device], Target],
+        run: Callable[[Sequence[Plan], torch.device], None],
+        require: Callable[[], object],
+        kernel: str | None = None,
+        variant: tuple[int, int, int] | None = None,
+    ) -> None:
+        self._device_type, self._target, self._run, self._require = device_type, target, run, require
+        self._kernel, self._variant = kernel, variant
+        if kernel is not None and not operators_of(kernel):
+            raise ValueError(
+                f"kernel source {kernel!r} must define kernels of {', '.join(OPERATORS)}, it defines "
+                f"{', '.join(read(kernel).kernels) or 'none'}"
+            )
+
+    def with_kernel(self, kernel: str | None, variant: tuple[int, int, int] | None = None) -> KernelEngine:
+        """The same engine with another kernel source, or with a variant prescribed."""
+        return KernelEngine(self._device_type, self._target, self._run, self._require, kernel, variant)
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why tensors on `device` cannot be computed with, or None."""
+        if device.type != self._device_type:
+            return f"it takes {self._device_type.upper()} tensors, got tensors on {device}"
+        self._require()
+        return None
+
+    def _source(self, op: str) -> tuple[str, str]:
+        name = self._kernel if self._kernel is not None and op in operators_of(self._kernel) else op
+        return name, read(name).fingerprint
+
+    def _execute(self, steps: Steps, source: str, x: Tensor, w: Tensor, table: Tensor, out: Tensor) -> None:
+        self._run(bind(steps, source, {"x": x, "w": w, "table": table, "out": out}), x.device)
+
+    def _matmul(self, x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
+        """``(G, M, K)`` by ``(G, N, K)`` into a contiguous ``(G, M, N)``; whichever of m and n suits as rows is."""
+        source = self._source("lut_gemm")
+        target = self._target(x.device)
+        group, row, column = out.stride()
+        direct = product_sum_steps(
+            _product(x, w, known, (group, column, row)), *source, "lut_gemm", target, self._variant
+        )
+        swapped = product_sum_steps(
+            _product(w, x, known, (group, row, column)), *source, "lut_gemm", target, self._variant
+        )
+        if swapped.clocks < direct.clocks:
+            self._execute(swapped, source[0], w, x, known.rows, out)
+        else:
+            self._execute(direct, source[0], x, w, known.columns, out)
+
+    def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
+        """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
+        known = prepare(table)
+        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32, device=x.device)
+        for operands in flat_batches(x, w, y):
+            self._matmul(*operands[:2], known, operands[2])
+        return y
+
+    def lut_conv2d(
+        self,
+        x: Tensor,
+        w: Tensor,
+        table: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        pad_code: int,
+    ) -> Tensor:
+        """Implicit im2col: a packed copy of the codes is all there is beside input and output."""
+        known, source = prepare(table), self._source("lut_conv2d")
+        problem, y = _convolution(x, w, known, stride, padding, dilation, groups, pad_code)
+        steps = product_sum_steps(problem, *source, "lut_conv2d", self._target(x.device), self._variant)
+        self._execute(steps, source[0], x, w, known.columns, y)
+        return y
+
+    def lut_dwconv2d(
+        self,
+        x: Tensor,
+        w: Tensor,
+        table: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        pad_code: int,
+    ) -> Tensor:
+        """Row tables over the taps of each filter."""
+        known, source = prepare(table), self._source("lut_dwconv2d")
+        problem, y = _convolution(x, w, known, stride, padding, dilation, x.shape[1], pad_code)
+        steps = depthwise_steps(problem, *source, self._target(x.device))
+        self._execute(steps, source[0], x, w, known.columns, y)
+        return y
+
+
+def _entry(known: PreparedTable) -> str:
+    return "int16" if known.rows.dtype == torch.int16 else "int32"
+
+
+def _product(rows: Tensor, lanes: Tensor, known: PreparedTable, out_strides: tuple[int, int, int]) -> Problem:
+    """A batched matrix product as a 1×1 convolution of one column; `out_strides` are those of (group, lane, row)."""
+    groups, pixels, depth = rows.shape
+    return Problem(
+        x_shape=(1, groups, depth, pixels, 1),
+        x_strides=(0, rows.stride(0), rows.stride(2), rows.stride(1), 0),
+        w_shape=(groups, lanes.shape[1], depth, 1, 1),
+        w_strides=(*lanes.stride(), 0, 0),
+        out_size=(pixels, 1),
+        out_strides=(0, *out_strides),
+        step=(1, 1),
+        pad=(0, 0),
+        dil=(1, 1),
+        pad_code=0,
+        offset=known.offset,
+        entry=_entry(known),
+    )
+
+
+def _convolution(
+    x: Tensor,
+    w: Tensor,
+    known: PreparedTable,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_code: int,
+) -> tuple[Problem, Tensor]:
+    """The problem, and its output, made and contiguous."""
+    batch, _, *size = x.shape
+    filters, depth, *kernel = w.shape
+    out_size = conv_output_size(size, kernel, stride, padding, dilation)
+    y = torch.empty(batch, filters, *out_size, dtype=torch.int32, device=x.device)
+    lanes, plane = filters // groups, out_size[0] * out_size[1]
+    x_strides, w_strides = x.stride(), w.stride()
+    problem = Problem(
+        x_shape=(batch, groups, depth, *size),
+        x_strides=(x_strides[0], x_strides[1] * depth, *x_strides[1:]),
+        w_shape=(groups, lanes, depth, *kernel),
+        w_strides=(w_strides[0] * lanes, *w_strides),
+        out_size=out_size,
+        out_strides=(filters * plane, lanes * plane, plane, 1),
+        step=tuple(stride),
+        pad=tuple(padding),
+        dil=tuple(dilation),
+        pad_code=pad_code,
+        offset=known.offset,
+        entry=_entry(known),
+    )
+    return problem, y

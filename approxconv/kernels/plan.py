@@ -1,0 +1,51 @@
+"""A launch as data, made without a GPU and executed by CuPy or by the host build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a launch needs.
+
+    Attributes
+    ----------
+    source : str
+        Name of the ``.cu`` file, without suffix.
+    kernel : str
+        Name of the ``extern "C"`` function.
+    grid, block : tuple of int
+        Launch geometry.
+    shared : int
+        Dynamic shared memory, bytes.
+    arguments : tuple of Tensor or numpy.generic or numpy.ndarray
+        In the kernel's order: a tensor is passed as the address of its first element, a NumPy scalar by value, a
+        one-element structured array as a C struct by value.
+    """
+
+    source: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    arguments: tuple[Tensor | np.generic | np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What planning needs to know of a device.
+
+    Attributes
+    ----------
+    multiprocessors : int
+        How many there are: blocks that can run at once.
+    shared_bytes : int
+        Shared memory one block can have, with opt-in.
+    """
+
+    multiprocessors: int
+    shared_bytes: int

@@ -1,0 +1,379 @@
+"""Is a kernel right, and how fast is it: hostile cases against the oracle, and timings against the packaged kernel."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import conv_output_size
+from .operators import KernelEngine, operators_of
+
+_TABLES = {
+    "int16": (-(2**15), 2**15),
+    "uint16": (0, 255 * 255 + 1),
+    "int32": (-(2**20), 2**20),
+}
+# Row-table variants that small problems would not be given: rows a thread, threads a block, splits.
+_VARIANTS = ((6, 32, 1), (4, 64, 2), (2, 96, 3), None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator with random operands and a random table.
+
+    Attributes
+    ----------
+    op : str
+        ``"lut_gemm"``, ``"lut_conv2d"`` or ``"lut_dwconv2d"``.
+    x_shape, w_shape : tuple of int
+        Of the operands.
+    table : str
+        ``"int16"``, ``"uint16"`` or ``"int32"``: what its entries fit.
+    bits : tuple of int
+        Of the operands.
+    geometry : tuple
+        For a convolution stride, padding and dilation (pairs), groups and pad_code.
+    layout : str
+        ``"contiguous"``, ``"channels_last"`` (or, for a product, transposed) or ``"sliced"``.
+    variant : tuple of int, optional
+        A choice that the planner is not left.
+    """
+
+    op: str
+    x_shape: tuple[int, ...]
+    w_shape: tuple[int, ...]
+    table: str = "int16"
+    bits: tuple[int, int] = (8, 8)
+    geometry: tuple[Any, ...] = ()
+    layout: str = "contiguous"
+    variant: tuple[int, int, int] | None = None
+
+    def operands(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of x and w, and the table, on the CPU."""
+        low, high = _TABLES[self.table]
+        shape = tuple(2**bits for bits in self.bits)
+        table = torch.randint(low, high, shape, dtype=torch.int32, generator=generator)
+        table[0, 0], table[-1, -1] = low, high - 1  # whatever the draw, the entries need what their name says
+        return *(self._codes(shape, generator) for shape in (self.x_shape, self.w_shape)), table
+
+    def _codes(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if self.layout == "sliced":
+            wide = torch.randint(0, 256, (*shape[:-1], 2 * shape[-1] + 1), dtype=torch.uint8, generator=generator)
+            return wide[..., 1::2]
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        if self.layout == "contiguous":
+            return codes
+        if codes.ndim == 4:
+            return codes.contiguous(memory_format=torch.channels_last)
+        return codes.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def run(self, engine: Any, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
+        """Call the operator of `engine`."""
+        if self.op == "lut_gemm":
+            return engine.lut_matmul(x, w, table)
+        *pairs, groups, pad_code = self.geometry
+        if self.op == "lut_dwconv2d":
+            return engine.lut_dwconv2d(x, w, table, *pairs, pad_code)
+        return engine.lut_conv2d(x, w, table, *pairs, groups, pad_code)
+
+    @property
+    def macs(self) -> int:
+        """Products that are added."""
+        if self.op == "lut_gemm":
+            return self.x_shape[:-1].numel() * self.w_shape[0] * self.x_shape[-1]
+        out_h, out_w = conv_output_size(self.x_shape[2:], self.w_shape[2:], *self.geometry[:3])
+        return self.x_shape[0] * out_h * out_w * torch.Size(self.w_shape).numel()
+
+    def __str__(self) -> str:
+        geometry = ""
+        if self.geometry:
+            names = ("stride", "padding", "dilation", "groups", "pad_code")
+            geometry = "".join(f", {n} {v}" for n, v in zip(names, self.geometry, strict=True))
+        variant = f", variant {self.variant}" if self.variant else ""
+        return (
+            f"{self.op} x {self.x_shape}, w {self.w_shape}{geometry}, {self.bits[0]}×{self.bits[1]}-bit {self.table} "
+            f"table, {self.layout}{variant}"
+        )
+
+
+def _gemm_cases() -> Iterator[Case]:
+    shapes = (
+        ((1, 1), (1, 1)),
+        ((5, 3), (9, 3)),
+        ((33, 17), (7, 17)),
+        ((2, 70, 9), (3, 9)),
+        ((2, 1, 40, 8), (3, 6, 8)),
+        ((200, 65), (17, 65)),
+    )
+    for i, (x, w) in enumerate(shapes):
+        for table in _TABLES:
+            yield Case("lut_gemm", x, w, table, layout=("contiguous", "channels_last", "sliced")[i % 3])
+    for variant in _VARIANTS:
+        for table in _TABLES:
+            if variant is None or table != "int32":
+                yield Case("lut_gemm", (260, 37), (19, 37), table, variant=variant)
+    yield Case("lut_gemm", (260, 37), (19, 37), "int32", variant=(6, 32, 2))
+    yield Case("lut_gemm", (300, 21), (11, 21), bits=(4, 6), variant=(6, 64, 1))
+
+
+def _conv_cases() -> Iterator[Case]:
+    shapes = (  # x, w, stride, padding, dilation, groups
+        ((2, 3, 9, 7), (10, 3, 3, 2), (1, 2), (1, 0), (1, 1), 1),
+        ((1, 6, 8, 11), (9, 2, 2, 3), (3, 1), (2, 3), (2, 1), 3),
+        ((3, 9, 6, 6), (12, 3, 3, 3), (1, 1), (1, 1), (1, 2), 3),
+        ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+        ((1, 2, 2, 2), (18, 1, 3, 3), (2, 2), (4, 4), (1, 1), 2),
+        ((2, 17, 5, 6), (9, 17, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    )
+    for i, (x, w, stride, padding, dilation, groups) in enumerate(shapes):
+        geometry = (stride, padding, dilation, groups, 200)
+        for j, table in enumerate(_TABLES):
+            layout = ("contiguous", "channels_last", "sliced")[(i + j) % 3]
+            yield Case("lut_conv2d", x, w, table, geometry=geometry, layout=layout)
+            variant = (6, 32, 1) if table == "int32" else _VARIANTS[(i + j) % 3]
+            yield Case("lut_conv2d", x, w, table, geometry=geometry, layout=layout, variant=variant)
+    yield Case("lut_conv2d", (1, 5, 6, 9), (4, 5, 2, 2), "int16", (4, 6), ((1, 1), (1, 1), (1, 1), 1, 9))
+
+
+def _depthwise_cases() -> Iterator[Case]:
+    shapes = (  # x, w, stride, padding, dilation
+        ((2, 3, 9, 7), (3, 1, 3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 2, 12, 10), (4, 1, 3, 3), (2, 2), (1, 1), (1, 1)),
+        ((1, 3, 7, 20), (9, 1, 2, 5), (1, 3), (0, 2), (1, 2)),
+        ((2, 2, 11, 9), (2, 1, 7, 4), (3, 1), (3, 2), (1, 1)),
+        ((1, 2, 20, 6), (2, 1, 3, 2), (1, 1), (5, 7), (3, 2)),
+        ((5, 1, 1, 1), (2, 1, 1, 1), (1, 1), (0, 0), (1, 1)),
+        ((1, 1, 3, 260), (1, 1, 3, 3), (1, 1), (1, 1), (1, 1)),
+        ((1, 1, 30, 40), (1, 1, 25, 31), (1, 1), (3, 2), (1, 1)),
+    )
+    for i, (x, w, stride, padding, dilation) in enumerate(shapes):
+        for j, table in enumerate(_TABLES):
+            layout = ("contiguous", "channels_last", "sliced")[(i + j) % 3]
+            yield Case("lut_dwconv2d", x, w, table, geometry=(stride, padding, dilation, x[1], 77), layout=layout)
+    yield Case("lut_dwconv2d", (1, 5, 6, 9), (5, 1, 2, 2), "int16", (4, 6), ((1, 1), (1, 1), (1, 1), 5, 9))
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "lut_gemm": _gemm_cases,
+    "lut_conv2d": _conv_cases,
+    "lut_dwconv2d": _depthwise_cases,
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that a kernel gets wrong, and its first wrong element in memory order.
+
+    Attributes
+    ----------
+    case : Case
+        The call.
+    wrong, total : int
+        Elements that differ, and elements.
+    index : tuple of int
+        Of the first that differs.
+    got, expected : int
+        There.
+    """
+
+    case: Case
+    wrong: int
+    total: int
+    index: tuple[int, ...]
+    got: int
+    expected: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.case}: {self.wrong} of {self.total} elements differ, first y{list(self.index)} = {self.got}, "
+            f"expected {self.expected}"
+        )
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What `verify` found; true if nothing was wrong."""
+
+    name: str
+    engine: str
+    passed: int
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was wrong, and something was tried."""
+        return not self.failures and self.passed > 0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        head = f"{self.name} on {self.engine}: {self.passed} of {self.passed + len(self.failures)} cases right"
+        return "\n".join([head, *map(str, self.failures)])
+
+
+def _base_engine(engine: str | None) -> tuple[str, KernelEngine, torch.device]:
+    """``"cuda"`` where there is a CUDA device, else ``"host_cuda"``."""
+    from importlib import import_module
+
+    name = engine or ("cuda" if torch.cuda.is_available() else "host_cuda")
+    if name not in ("cuda", "host_cuda"):
+        raise ValueError(f"engine must be 'cuda', 'host_cuda' or None, got {engine!r}")
+    module = import_module(f"approxconv.engines.{name}")
+    return name, module.engine, torch.device("cuda" if name == "cuda" else "cpu")
+
+
+def verify(name: str, *, engine: str | None = None, seed: int = 0, most_failures: int = 3) -> VerificationReport:
+    """Compare a kernel with the oracle on hostile cases.
+
+    Random tables (not commutative, not zero-preserving, narrow, offset and wide), K not a multiple of any tile,
+    rectangular everything, any strides, every variant of the kernels.
+
+    Parameters
+    ----------
+    name : str
+        A kernel source, of the library or of your own.
+    engine : str, optional
+        ``"cuda"`` or ``"host_cuda"``; by default the GPU if there is one.
+    seed : int
+        Of operands and tables.
+    most_failures : int
+        Stop after so many.
+
+    Returns
+    -------
+    VerificationReport
+        True if all cases are right; else it names the first wrong elements.
+
+    Raises
+    ------
+    KernelCompileError
+        The source does not compile.
+    ValueError
+        It has kernels of no operator.
+    """
+    from ..engines import reference
+
+    engine_name, base, device = _base_engine(engine)
+    base.with_kernel(name)
+    generator = torch.Generator().manual_seed(seed)
+    passed, failures = 0, []
+    for op in operators_of(name):
+        for case in CASES[op]():
+            operands = case.operands(generator)
+            expected = case.run(reference, *operands)
+            on_device = (tensor.to(device) for tensor in operands)
+            got = case.run(base.with_kernel(name, case.variant), *on_device).cpu()
+            if torch.equal(got, expected):
+                passed += 1
+                continue
+            wrong = (got != expected).nonzero()
+            index = tuple(wrong[0].tolist())
+            failures.append(Failure(case, len(wrong), got.numel(), index, int(got[index]), int(expected[index])))
+            if len(failures) >= most_failures:
+                return VerificationReport(name, engine_name, passed, tuple(failures))
+    return VerificationReport(name, engine_name, passed, tuple(failures))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A case timed: median seconds of the kernel and, if it is another, of the packaged one."""
+
+    case: Case
+    seconds: float
+    packaged: float | None
+
+    def __str__(self) -> str:
+        text = f"{self.case}: {1e3 * self.seconds:.3f} ms, {self.case.macs / self.seconds / 1e9:.3g} GMAC/s"
+        return (
+            text if self.packaged is None else f"{text}, {self.packaged / self.seconds:.2f} times the packaged kernel"
+        )
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """What `benchmark` measured."""
+
+    name: str
+    device: str
+    timings: tuple[Timing, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.name} on {self.device}", *map(str, self.timings)])
+
+
+# Sizes that take a GPU about a millisecond, and g++'s threads about a second.
+_TIMED = {
+    "cuda": (
+        Case("lut_gemm", (12544, 2304), (256, 2304)),
+        Case("lut_conv2d", (64, 64, 56, 56), (64, 64, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
+        Case("lut_conv2d", (64, 512, 7, 7), (512, 512, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
+        Case("lut_dwconv2d", (64, 144, 56, 56), (144, 1, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 144, 0)),
+    ),
+    "host_cuda": (
+        Case("lut_gemm", (512, 64), (16, 64)),
+        Case("lut_conv2d", (1, 16, 16, 16), (16, 16, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
+        Case("lut_dwconv2d", (1, 16, 16, 16), (16, 1, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 16, 0)),
+    ),
+}
+
+
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median over `repeats` calls after one to warm up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> BenchmarkReport:
+    """Time a kernel source on typical sizes, beside the packaged kernels if it is not one of them.
+
+    Parameters
+    ----------
+    name : str
+        A kernel source, of the library or of your own.
+    engine : str, optional
+        ``"cuda"`` or ``"host_cuda"``; by default the GPU if there is one. Times on the host say nothing about a GPU.
+    repeats : int
+        Timed calls a case; the median counts.
+
+    Raises
+    ------
+    KernelCompileError
+        The source does not compile.
+    ValueError
+        It has kernels of no operator.
+    """
+    engine_name, base, device = _base_engine(engine)
+    own = base.with_kernel(name)
+    generator = torch.Generator().manual_seed(0)
+    timings = []
+    for case in _TIMED[engine_name]:
+        if case.op not in operators_of(name):
+            continue
+        operands = [tensor.to(device) for tensor in case.operands(generator)]
+        seconds = _seconds(lambda: case.run(own, *operands), device, repeats)  # noqa: B023
+        packaged = None
+        if name != case.op:
+            packaged = _seconds(lambda: case.run(base, *operands), device, repeats)  # noqa: B023
+        timings.append(Timing(case, seconds, packaged))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the host, through g++"
+    return BenchmarkReport(name, where, tuple(timings))

@@ -1,0 +1,162 @@
+"""Every kernel: compiled for every architecture, executed on the CPU against the oracle and under the sanitizers."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from approxconv.engines import host_cuda, reference
+from approxconv.kernels import KernelCompileError, compile_kernel, copy_sources, read, use_source, verify
+from approxconv.kernels.compile import arch_limits
+from approxconv.kernels.host import SanitizerError, run_on_host
+from approxconv.kernels.operators import KernelEngine
+from approxconv.kernels.verify import Case
+
+SOURCES = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing comes from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APPROXCONV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills_within_the_architectures_limits(source, arch):
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC to compile")
+    compiled = compile_kernel(source, arch)
+    assert set(compiled.kernels) == set(read(source).kernels)
+    assert "warning" not in compiled.log
+    for name, resources in compiled.kernels.items():
+        assert (resources.spill_stores, resources.spill_loads, resources.stack_bytes) == (0, 0, 0), name
+        assert resources.registers * resources.max_threads <= 65536, name
+        dynamic = read(source).constants["SHARED_BYTES"] if "_rows" in name else 0
+        assert resources.shared_bytes + dynamic <= arch_limits(arch).shared_block_bytes, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", SOURCES)
+def test_equals_the_oracle_on_the_host(source):
+    report = verify(source, engine="host_cuda", seed=5)
+    assert report.ok, str(report)
+    assert report.passed > 20
+
+
+WATCHED = (
+    Case("lut_gemm", (70, 11), (9, 11), "uint16", variant=(2, 32, 2)),
+    Case("lut_gemm", (40, 11), (9, 11), "int32", variant=(6, 32, 1), layout="sliced"),
+    Case("lut_gemm", (33, 11), (9, 11), "int16"),
+    Case(
+        "lut_conv2d", (2, 9, 5, 6), (12, 3, 3, 2), "int16", geometry=((1, 2), (1, 2), (2, 1), 3, 9), variant=(4, 32, 1)
+    ),
+    Case("lut_conv2d", (1, 3, 5, 6), (9, 3, 3, 2), "int32", geometry=((2, 1), (0, 1), (1, 1), 1, 9)),
+    Case("lut_dwconv2d", (2, 2, 9, 7), (4, 1, 3, 3), "int16", geometry=((1, 1), (1, 1), (1, 1), 2, 9)),
+    Case("lut_dwconv2d", (1, 2, 9, 7), (2, 1, 5, 3), "int32", geometry=((2, 1), (2, 0), (1, 2), 2, 9), layout="sliced"),
+    Case("lut_dwconv2d", (1, 1, 12, 7), (1, 1, 2, 2), "int16", geometry=((3, 1), (0, 0), (2, 1), 1, 9)),
+)
+
+
+def watched_engine(sanitize):
+    """The host engine, every plan under a sanitizer; so few multiprocessors that blocks get several tiles."""
+    return KernelEngine(
+        "cpu",
+        lambda device: host_cuda.TARGET,
+        lambda plans, device: run_on_host(plans, sanitize=sanitize),
+        lambda: None,
+    )
+
+
+def run_watched(case, sanitize, kernel=None):
+    operands = case.operands(torch.Generator().manual_seed(8))
+    got = case.run(watched_engine(sanitize).with_kernel(kernel, case.variant), *operands)
+    assert torch.equal(got, case.run(reference, *operands)), str(case)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WATCHED, ids=str)
+def test_is_clean_under_address_and_undefined_behaviour_sanitizers(case):
+    run_watched(case, "address")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WATCHED[:1] + WATCHED[2:3] + WATCHED[3:4] + WATCHED[5:6], ids=str)
+def test_is_clean_under_the_thread_sanitizer(case):
+    run_watched(case, "thread")
+
+
+def edited(folder, file, old, new, count=1):
+    path = folder / file
+    text = path.read_text()
+    assert text.count(old) >= 1, old
+    path.write_text(text.replace(old, new, count))
+
+
+END_OF_STAGE = """codes[i] = *reinterpret_cast<const uint2*>(x_at + row_at[i]);
+        __syncthreads();
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_planted_overrun_is_caught(tmp_path):
+    folder = copy_sources(tmp_path)
+    edited(
+        folder,
+        "row_tables.cuh",
+        "min(first_row + i * int(blockDim.x), g.pixels() - 1)",
+        "first_row + i * int(blockDim.x)",
+    )
+    with use_source(folder), pytest.raises(SanitizerError, match=r"heap-buffer-overflow.*row_tables"):
+        run_watched(Case("lut_gemm", (63, 11), (8, 11), variant=(2, 32, 1)), "address")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_removed_barrier_is_caught(tmp_path):
+    folder = copy_sources(tmp_path)
+    edited(folder, "row_tables.cuh", END_OF_STAGE, END_OF_STAGE.replace("        __syncthreads();\n", ""))
+    with use_source(folder), pytest.raises(SanitizerError, match="data race"):
+        run_watched(Case("lut_gemm", (40, 40), (9, 40), variant=(2, 32, 1)), "thread")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "file", "old", "new"),
+    [
+        ("lut_conv2d", "gather.cuh", "table + w_at[n][tap] * CODES + a", "table + a * CODES + w_at[n][tap]"),
+        ("lut_gemm", "row_tables.cuh", "        if (real) products(", "        products("),
+        ("lut_dwconv2d", "lut_dwconv2d.cu", "code(g.pad_code)", "code(0)"),
+    ],
+    ids=["swapped table index", "unmasked tail", "padding with zero"],
+)
+def test_verify_tells_a_wrong_edit_from_a_right_one(tmp_path, source, file, old, new):
+    folder = copy_sources(tmp_path)
+    with use_source(folder):
+        edited(folder, file, old, new)
+        report = verify(source, engine="host_cuda")
+        assert not report
+        assert re.search(r"first y\[[\d, ]+\] = -?\d+, expected -?\d+", str(report))
+        edited(folder, file, new, f"{old} ")
+        assert verify(source, engine="host_cuda")
+
+
+def test_a_typo_is_shown_with_its_line(tmp_path):
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC to compile")
+    folder = copy_sources(tmp_path)
+    edited(folder, "lut_gemm.cu", "    gather(x, w, table, out, g);", "    gather(x, w, table, out, g;")
+    line = next(
+        n for n, text in enumerate((folder / "lut_gemm.cu").read_text().splitlines(), 1) if text.endswith("out, g;")
+    )
+    with use_source(folder), pytest.raises(KernelCompileError) as failure:
+        compile_kernel("lut_gemm", "sm_90")
+    assert str(failure.value).startswith(f"lut_gemm.cu:{line}: error")
+    assert f"> {line} |" in str(failure.value)
