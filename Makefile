@@ -23,7 +23,7 @@ benchmarks: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda12,demo,test]'
 	touch $@
 
 clean:

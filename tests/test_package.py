@@ -3,7 +3,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ y.sum().backward()
 assert all(p.grad is not None for p in approx.parameters())
 print(approxconv.__file__)
 """
+SOURCES = "from approxconv import kernels; print(kernels.source_dir(), *kernels.list())"
+KERNELS = ["lut_conv2d", "lut_dwconv2d", "lut_gemm"]
 
 
 def run_python(code, *arguments, env=None, cwd=None, python=sys.executable):
@@ -76,31 +80,25 @@ def test_everything_works_where_no_folder_is_writable(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy so that the checkout stays clean."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory):
+    """A copy of the checkout, so that it stays clean."""
+    folder = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
         check=True,
     ).stdout.splitlines()  # fmt: skip
     for name in tracked:
         if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        ".",
-    ]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    built = subprocess.run(pip, cwd=source, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -123,18 +121,50 @@ def test_wheel_runs_in_a_scratch_venv(wheel, tmp_path):
     result = run_python(SMOKE, "-I", cwd=tmp_path, python=str(python))
     assert result.returncode == 0, result.stderr
     assert Path(result.stdout.strip()).is_relative_to(site)
+    sources = run_python(SOURCES, "-I", cwd=tmp_path, python=str(python)).stdout.split()
+    assert Path(sources[0]) == site / "approxconv" / "cuda_src"
+    assert sources[1:] == KERNELS
     script = subprocess.run([scratch / "bin" / "approxconv", "--version"], capture_output=True, text=True, check=True)
     assert script.stdout.startswith("approxconv ")
 
 
-def test_wheel_holds_the_package_only(wheel):
-    import zipfile
+def packaged_files():
+    """What a distribution must hold: the package, and cuda_src inside it."""
+    python = [path for pattern in ("*.py", "*.h", "*.cpp") for path in (ROOT / "approxconv").rglob(pattern)]
+    kernels = [path for pattern in ("*.cu", "**/*.cuh") for path in (ROOT / "cuda_src").glob(pattern)]
+    return [path.relative_to(ROOT).as_posix() for path in python], [
+        path.relative_to(ROOT).as_posix() for path in kernels
+    ]
 
+
+def test_wheel_holds_the_package_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("approxconv/", "approxconv-")) for name in names)
-    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "approxconv").rglob("*.py")]
-    sources += [f"approxconv/cuda_src/{path.name}" for path in (ROOT / "cuda_src").iterdir()]
-    assert sorted(sources) == sorted(name for name in names if name.startswith("approxconv/"))
+    python, kernels = packaged_files()
+    expected = [*python, *(f"approxconv/{name}" for name in kernels)]
+    assert sorted(expected) == sorted(name for name in names if name.startswith("approxconv/"))
+
+
+def test_sdist_holds_the_kernels(source, tmp_path):
+    build = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    python, kernels = packaged_files()
+    assert {*python, *kernels} <= names
+
+
+def test_kernels_are_found_from_an_editable_install_and_a_bare_checkout(source, tmp_path):
+    for environment in (None, {"PYTHONPATH": str(source), "PATH": os.environ["PATH"]}):
+        result = run_python(SOURCES, env=environment, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        folder, *names = result.stdout.split()
+        assert Path(folder) == (ROOT if environment is None else source) / "cuda_src"
+        assert names == KERNELS
 
 
 def test_extras_are_pinned():
