@@ -59,9 +59,12 @@ class OperandFormat:
     def quantize(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """``clamp(round(real / scale) + zero_point, low, high)`` as uint8 or int8 codes.
 
-        Bit for bit the codes behind `torch.fake_quantize_per_tensor_affine`, which multiplies by the reciprocal.
+        Bit for bit the codes behind `torch.fake_quantize_per_tensor_affine`, which multiplies by the reciprocal and
+        makes NaN the lowest one.
         """
-        return (real * scale.reciprocal()).round_().add_(zero_point).clamp_(self.low, self.high).to(self.dtype)
+        shifted = (real.detach() * scale.reciprocal()).round_().add_(zero_point)
+        low = torch.tensor(float(self.low), dtype=shifted.dtype)  # on the CPU: a scalar goes with any device
+        return torch.fmax(shifted, low, out=shifted).clamp_(max=self.high).to(self.dtype)
 
 
 class QuantizedWeight(NamedTuple):
@@ -91,6 +94,7 @@ def quantize_weight(weight: Tensor, operand: OperandFormat) -> QuantizedWeight:
     observer = operand.weight_observer().to(weight.device)
     observer(weight)
     scale, zero_point = (q.to(weight.device) for q in observer.calculate_qparams())
+    scale = scale.float()  # the observer computes in torch's default type
     column = (-1, *[1] * (weight.ndim - 1))
     codes = operand.quantize(weight, scale.view(column), zero_point.view(column))
     return QuantizedWeight(codes, scale, zero_point.int(), codes.flatten(1).sum(1, dtype=torch.int64))

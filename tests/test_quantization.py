@@ -68,6 +68,16 @@ def test_tensor_codes_are_fake_quantised_ones(operand):
 
 
 @pytest.mark.parametrize("operand", FORMATS, ids=format_id)
+def test_not_a_number_is_quantised_as_torch_does(operand):
+    scale, zero = torch.tensor(0.5), torch.tensor(0, dtype=torch.int32)
+    real = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf])
+    codes = operand.quantize(real, scale, zero)
+    faked = torch.fake_quantize_per_tensor_affine(real, scale, zero, operand.low, operand.high)
+    assert torch.equal(codes.long(), codes_behind(faked, scale, zero))
+    assert codes.tolist() == [operand.low, operand.low, operand.high, operand.low]
+
+
+@pytest.mark.parametrize("operand", FORMATS, ids=format_id)
 def test_channel_codes_are_fake_quantised_ones(operand):
     low, high = expected_range(operand)
     rng = np.random.default_rng(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -42,6 +43,22 @@ def as_multiplier(multiplier: Multiplier | str) -> Multiplier:
     return multiplier
 
 
+def eagerly(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have torch.compile leave `method` out: it reads scales and weights anew on every call, which a trace would not.
+
+    torch's compiler is imported by the first call, not by the decoration.
+    """
+
+    @wraps(method)
+    def run(*args: Any) -> Tensor:
+        disabled = getattr(method, "_disabled", None)
+        if disabled is None:
+            disabled = method._disabled = torch.compiler.disable(method)
+        return disabled(*args)
+
+    return run
+
+
 class ApproxLayer(nn.Module):
     """Mixin placed before a torch layer with `weight` and `bias`; adds modes and the integer path.
 
@@ -64,8 +81,8 @@ class ApproxLayer(nn.Module):
 
     def _init_approx(self, multiplier: Multiplier | str, mode: str, engine: str) -> None:
         multiplier = as_multiplier(multiplier)
-        self.mode = check_mode(mode)
-        self.engine = check_engine(engine)
+        self.mode = mode
+        self.engine = engine
         self.observing = False
         self.multiplier_name = multiplier.name
         device, channels = self.weight.device, self.weight.shape[0]
@@ -75,13 +92,13 @@ class ApproxLayer(nn.Module):
         # A copy: load_state_dict writes into it, and the multiplier belongs to its user.
         self.register_buffer("table", multiplier.table.to(device, copy=True))
         self.register_buffer("operands_signed", signed)
-        self.register_buffer("activation_scale", torch.ones((), device=device))
+        self.register_buffer("activation_scale", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.ones(channels, device=device))
+        self.register_buffer("weight_scale", torch.ones(channels, dtype=torch.float32, device=device))
         self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int32, device=device))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
         self.activation_observer = self.activation_format.activation_observer().to(device)
-        self._quantized: tuple[Tensor, int, QuantizedWeight] | None = None
+        self._quantized: tuple[Tensor, tuple[int, int] | None, QuantizedWeight] | None = None
         self.register_forward_pre_hook(_no_op)
 
     def _adopt(self, layer: nn.Module, multiplier: Multiplier | str, mode: str, engine: str) -> ApproxLayer:
@@ -89,6 +106,24 @@ class ApproxLayer(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self._init_approx(multiplier, mode, engine)
         return self.train(layer.training)
+
+    @property
+    def mode(self) -> str:
+        """``"float"``, ``"quantized"`` or ``"approximate"``; setting another one is a ValueError."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        self._mode = check_mode(mode)
+
+    @property
+    def engine(self) -> str:
+        """``"auto"`` or the name of an engine; setting another one is a ValueError."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: str) -> None:
+        self._engine = check_engine(engine)
 
     @property
     def multiplier(self) -> Multiplier:
@@ -100,8 +135,9 @@ class ApproxLayer(nn.Module):
             name=self.multiplier_name,
         )
 
+    @eagerly
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer in its mode; shapes as the torch layer's.
+        """Apply the layer in its mode; shapes as the torch layer's. Inside a compiled model it runs as it is.
 
         Raises
         ------
@@ -147,15 +183,21 @@ class ApproxLayer(nn.Module):
         self.quantized_weight()
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Codes, scales and zero points of the weight as it is now; kept until the weight changes."""
-        version = None if self.weight.is_inference() else self.weight._version
+        """Codes, scales and zero points of the weight as it is now.
+
+        Kept from one call to the next only in eval mode without gradients: fused optimizers and ``weight.data`` change
+        a weight without raising its version.
+        """
+        state = None
+        if not (self.training or torch.is_grad_enabled() or self.weight.is_inference()):
+            state = (self.weight._version, self.weight.data_ptr())
         known = self._quantized
-        if known is None or known[0] is not self.weight or known[1] != version or version is None:
+        if known is None or state is None or known[0] is not self.weight or known[1] != state:
             quantized = quantize_weight(self.weight, self.weight_format)
             with torch.no_grad():
                 self.weight_scale.copy_(quantized.scale)
                 self.weight_zero_point.copy_(quantized.zero_point)
-            known = self._quantized = (self.weight, version, quantized)
+            known = self._quantized = (self.weight, state, quantized)
         return known[2]
 
     def _operation_table(self) -> Tensor:
@@ -179,7 +221,7 @@ class ApproxLayer(nn.Module):
         depth = weight.codes[0].numel()
         largest = max(prepare(table).magnitude, 2 ** (self.activation_format.bits + self.weight_format.bits))
         column = (-1, *[1] * (-self._channel_dim - 1))
-        exact = remove_zero_points(
+        sums = remove_zero_points(
             self._lookup(codes, weight.codes, table, zero_point),
             weight,
             zero_point,
@@ -187,7 +229,7 @@ class ApproxLayer(nn.Module):
             column,
             4 * depth * largest,
         )
-        output = exact.float().mul_((self.activation_scale * weight.scale).view(column))
+        scale = (self.activation_scale * weight.scale).view(column)
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             x_format, w_format = self.activation_format, self.weight_format
             x = torch.fake_quantize_per_tensor_affine(
@@ -197,12 +239,14 @@ class ApproxLayer(nn.Module):
                 self.weight.float(), weight.scale, weight.zero_point, 0, w_format.low, w_format.high
             )
             output = _StraightThrough.apply(
-                x, w, output, codes, self.activation_scale.clone(), zero_point, self._gradient
+                x, w, sums, scale, codes, self.activation_scale.clone(), zero_point, self._gradient
             )
+        else:
+            output = _rescaled(sums, scale)
         return output if self.bias is None else output + self.bias.float().view(column)
 
     def train(self, mode: bool = True) -> ApproxLayer:
-        """As in torch. Weights changed behind autograd's back (``weight.data``) are seen from here on."""
+        """As in torch. Weights changed in eval mode behind autograd's back (``weight.data``) are seen from here on."""
         self._quantized = None
         return super().train(mode)
 
@@ -219,6 +263,10 @@ class ApproxLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_quantized": None}
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.quantized_weight()  # the scales that are saved are those of the weights that are saved
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors = args[-1]
@@ -244,6 +292,11 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that keeps torch's fused inference paths, which read `weight` and skip modules without hooks, away."""
 
 
+def _rescaled(sums: Tensor, scale: Tensor) -> Tensor:
+    """Integer sums as real numbers, a new tensor."""
+    return sums.float().mul_(scale)
+
+
 class _StraightThrough(torch.autograd.Function):
     """The looked-up output forward; backward as if the fake-quantised operands had been multiplied exactly."""
 
@@ -252,7 +305,8 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         w: Tensor,
-        output: Tensor,
+        sums: Tensor,
+        output_scale: Tensor,
         codes: Tensor,
         scale: Tensor,
         zero_point: int,
@@ -261,7 +315,7 @@ class _StraightThrough(torch.autograd.Function):
         # The codes stand for x: a byte an element instead of a float.
         save_operands(ctx, codes, w)
         ctx.scale, ctx.zero_point, ctx.gradient = scale, zero_point, gradient
-        return output.view_as(output)
+        return _rescaled(sums, output_scale)
 
     @staticmethod
     @once_differentiable
@@ -270,4 +324,4 @@ class _StraightThrough(torch.autograd.Function):
         needs = wanted(ctx)
         if needs[1]:
             x = x.to(ctx.scale.dtype).sub_(ctx.zero_point).mul_(ctx.scale)
-        return *ctx.gradient(grad, x, w, needs), None, None, None, None, None
+        return *ctx.gradient(grad, x, w, needs), None, None, None, None, None, None

@@ -821,8 +821,26 @@ def inference_mode(layer, x):
         layer.weight.mul_(-0.6)
 
 
+def fused_step(layer, x):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.5, fused=True)
+    layer(x).square().sum().backward()
+    optimizer.step()
+
+
+def data(layer, x):
+    layer.weight.data.mul_(-0.6)
+
+
+def from_a_vector(layer, x):
+    vector = nn.utils.parameters_to_vector(layer.parameters())
+    nn.utils.vector_to_parameters(vector * -0.6, layer.parameters())
+
+
 CHANGES = [
     optimizer_step,
+    fused_step,
+    data,
+    from_a_vector,
     adam_step,
     in_place,
     one_element,
@@ -853,6 +871,90 @@ def test_weight_changes_are_seen(name, change, hostile):
     assert torch.equal(layer.weight_scale, fresh.weight_scale)
     assert torch.equal(layer.weight_zero_point, fresh.weight_zero_point)
     assert_same(after, oracle(now, layer, multiplier, x), now.bias)
+
+
+@some_layers
+def test_weight_is_quantised_once_in_eval_without_gradients(name, hostile, monkeypatch):
+    stock, batch, x = make(name)
+    layer = convert(stock, hostile(), batch).eval()
+    calls = []
+    real = approxconv.nn.layer.quantize_weight
+    monkeypatch.setattr(approxconv.nn.layer, "quantize_weight", lambda *a: calls.append(1) or real(*a))
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+        assert len(calls) == 1
+        layer.weight.mul_(-0.6)
+        assert not torch.equal(layer(x), first)
+        assert len(calls) == 2
+
+
+@some_layers
+def test_saved_scales_are_those_of_the_saved_weights(name, hostile):
+    stock, batch, x = make(name)
+    layer = convert(stock, hostile(8, False, False), batch)
+    data(layer, x)
+    saved = copy.deepcopy(layer.state_dict())
+    layer(x)
+    assert torch.equal(saved["weight_scale"], layer.weight_scale)
+    assert torch.equal(saved["weight_zero_point"], layer.weight_zero_point)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_output_may_be_changed_in_place(kind, bias, hostile):
+    stock = nn.Conv2d(3, 4, 3, bias=bias) if kind == "conv" else nn.Linear(5, 4, bias=bias)
+    x = torch.randn(2, 3, 5, 5)
+    layer = convert(stock, hostile(), x)
+    expected = F.relu(layer(x) + 1)
+    expected.sum().backward()
+    gradient = layer.weight.grad.clone()
+    layer.zero_grad()
+    y = layer(x)
+    y += 1
+    y.relu_()
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    assert torch.equal(layer.weight.grad, gradient)
+
+
+def test_float64_as_the_default_type(hostile):
+    try:
+        torch.set_default_dtype(torch.float64)
+        stock, x = nn.Linear(5, 4), torch.randn(3, 5)
+        layer = convert(stock, hostile(), x)
+        layer(x).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.activation_scale.dtype == layer.weight_scale.dtype == torch.float32
+    assert layer.weight.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("mode", "aproximate"), ("engine", "gpu")])
+def test_a_mistyped_mode_or_engine_is_refused_when_set(attribute, value, hostile):
+    layer = approxconv.approximate(nn.Linear(5, 4), hostile())
+    before = getattr(layer, attribute)
+    with pytest.raises(ValueError, match=f"{attribute} must be .*{value}"):
+        setattr(layer, attribute, value)
+    assert getattr(layer, attribute) == before
+
+
+def test_a_compiled_model_follows_its_weights(hostile):
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5))
+    x = torch.randn(2, 3, 5, 5)
+    model = convert(stock, hostile(), x)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outputs = []
+    for _ in range(3):
+        y = compiled(x)
+        assert torch.equal(y, copy.deepcopy(model)(x))
+        optimizer.zero_grad()
+        y.square().sum().backward()
+        optimizer.step()
+        outputs.append(y.detach())
+    assert not torch.equal(outputs[0], outputs[1])
 
 
 def test_changes_of_the_other_buffers_are_seen(hostile):
