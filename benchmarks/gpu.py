@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from approxconv.kernels import Plan, launch, use_source
+from approxconv.kernels import Plan, launch, read, use_source
 
 from .cpu import geometric_mean
 
@@ -157,6 +157,15 @@ def _native(layer: Layer, dtype: torch.dtype, tf32: bool, repeats: int) -> float
     return min(times)
 
 
+def gather_plan(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, y: torch.Tensor) -> Plan:
+    """The peers' kernel: codes ``(M, K)`` and ``(N, K)``, an int32 table ``(256, 256)``, y int32 ``(M, N)``."""
+    tile, sizes = read("gather_baseline").constants["TILE"], (*y.shape, x.shape[1])
+    grid = (-(-len(x) // tile), -(-len(w) // tile), 1)
+    return Plan(
+        "gather_baseline", "gather_baseline", grid, (tile, tile, 1), 0, (x, w, table, y, *map(np.int32, sizes))
+    )  # fmt: skip
+
+
 def _gather(
     layer: Layer, x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, y: torch.Tensor, repeats: int
 ) -> float:
@@ -164,17 +173,9 @@ def _gather(
     pad = layer.kernel // 2
     patches = F.pad(x, (pad,) * 4).unfold(2, layer.kernel, layer.stride).unfold(3, layer.kernel, layer.stride)
     rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.channels * layer.kernel**2)
-    filters = w.reshape(layer.filters, -1)
     out = torch.empty(len(rows), layer.filters, dtype=torch.int32, device="cuda")
-    plan = Plan(
-        "gather_baseline",
-        "gather_baseline",
-        (-(-len(rows) // 16), -(-layer.filters // 16), 1),
-        (16, 16, 1),
-        0,
-        (rows, filters, table, out, *(np.int32(n) for n in (*out.shape, rows.shape[1]))),
-    )
     with use_source(SOURCES):
+        plan = gather_plan(rows, w.reshape(layer.filters, -1), table, out)
         seconds = _median(lambda: launch([plan], out.device), repeats)
     if not torch.equal(out, y.permute(0, 2, 3, 1).reshape(out.shape)):
         raise AssertionError(f"{layer.name}: the engine and the baseline gather disagree")

@@ -1,7 +1,13 @@
 import math
+import shutil
 
 import pytest
+import torch
 
+from approxconv.engines import reference
+from approxconv.kernels import compile_kernel, use_source
+from approxconv.kernels.host import run_on_host
+from benchmarks import gpu
 from benchmarks.cpu import CASES, Case, geometric_mean, measure
 
 
@@ -21,3 +27,45 @@ def test_a_small_case_is_measured(case):
 
 def test_geometric_mean():
     assert math.isclose(geometric_mean([2.0, 8.0]), 4.0)
+
+
+def test_layers_are_those_of_the_networks():
+    by_name = {layer.name: layer for layer in gpu.LAYERS}
+    assert len(by_name) == len(gpu.LAYERS)
+    stem = by_name["ResNet-18 3→64, 7×7 at 224×224, stride 2"]
+    assert (stem.out_size, stem.macs) == (112, 64 * 112 * 112 * 64 * 147)
+    depthwise = by_name["MobileNetV2 depthwise 96→96, 3×3 at 112×112, stride 2"]
+    assert (depthwise.out_size, depthwise.macs) == (56, 64 * 56 * 56 * 96 * 9)
+    assert depthwise.bytes == 64 * 96 * (112 * 112 + 4 * 56 * 56)
+
+
+def test_the_gpu_table_says_what_was_measured():
+    conv = next(layer for layer in gpu.LAYERS if not layer.depthwise)
+    depthwise = next(layer for layer in gpu.LAYERS if layer.depthwise)
+    rows = [
+        gpu.Measurement(conv, 2e-3, fp32=1e-3, tf32=5e-4, fp16=25e-5, gather=8e-3),
+        gpu.Measurement(depthwise, 1e-3, fp32=1e-3, tf32=1e-3, fp16=1e-3, gather=None),
+    ]
+    text = gpu.markdown(rows, gpu.Ceilings(copy=2 * depthwise.bytes / 1e-3, int8=1e12), host=20)
+    assert f"| {conv.name} | 2.000 | {conv.macs / 2e-3 / 1e12:.2f} |" in text
+    assert "| 0.50 | 0.25 | 0.12 | 4.0 |" in text
+    assert f"| {depthwise.name} | 1.000 | {depthwise.macs / 1e-3 / 1e12:.2f} | 0.50 | 1.00 | 1.00 | 1.00 |  |" in text
+    assert "convolutions: 0.50 of native fp32, 4.0 times the gather" in text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
+def test_the_baseline_gather_is_right():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in ((37, 21), (19, 21)))
+    table = torch.randint(-(2**20), 2**20, (256, 256), dtype=torch.int32, generator=generator)
+    y = torch.empty(37, 19, dtype=torch.int32)
+    with use_source(gpu.SOURCES):
+        run_on_host([gpu.gather_plan(x, w, table, y)])
+    assert torch.equal(y, reference.lut_matmul(x, w, table))
+
+
+def test_the_baseline_gather_compiles():
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC to compile")
+    with use_source(gpu.SOURCES):
+        (resources,) = compile_kernel("gather_baseline", "sm_90").kernels.values()
+    assert resources.spill_stores == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,7 +15,6 @@ from .compile import compile_kernel
 from .plan import Plan, Target
 from .sources import on_reload, read
 
-_DEFAULT_SHARED = 48 * 2**10  # bytes of dynamic shared memory that need no opt-in
 _first_process: int | None = None
 
 
@@ -44,19 +44,31 @@ def device_target(index: int) -> Target:
 
 
 @lru_cache(maxsize=64)
-def _module(source: str, _fingerprint: str, index: int) -> Any:
+def _module(source: str, version: str, index: int) -> Any:
     """Load a source for the current device, once a version."""
     cupy = require_cupy()
-    arch = f"sm_{cupy.cuda.Device(index).compute_capability}"
-    return cupy.RawModule(path=str(compile_kernel(source, arch).path))
+    compiled = compile_kernel(source, f"sm_{cupy.cuda.Device(index).compute_capability}")
+    if compiled.source.fingerprint != version:
+        raise RuntimeError(f"{compiled.source.path} or a header of it was edited during the call: call again")
+    return cupy.RawModule(path=str(compiled.path))
+
+
+@dataclass
+class _Function:
+    """A loaded kernel, and how much dynamic shared memory it may be launched with."""
+
+    kernel: Any
+    shared: int = 48 * 2**10  # needs no opt-in
+
+    def __call__(self, plan: Plan, arguments: tuple[Any, ...]) -> None:
+        if plan.shared > self.shared:
+            self.kernel.max_dynamic_shared_size_bytes = self.shared = plan.shared
+        self.kernel(plan.grid, plan.block, arguments, shared_mem=plan.shared)
 
 
 @lru_cache(maxsize=1024)
-def _function(source: str, fingerprint: str, index: int, kernel: str, shared: int) -> Any:
-    function = _module(source, fingerprint, index).get_function(kernel)
-    if shared > _DEFAULT_SHARED:
-        function.max_dynamic_shared_size_bytes = shared
-    return function
+def _function(source: str, version: str, index: int, kernel: str) -> _Function:
+    return _Function(_module(source, version, index).get_function(kernel))
 
 
 on_reload(_function.cache_clear)
@@ -84,7 +96,7 @@ def launch(plans: Sequence[Plan], device: torch.device) -> None:
     KernelCompileError
         A source does not compile.
     RuntimeError
-        CUDA was used before this process was forked.
+        CUDA was used before this process was forked, or a source was edited after the plan was made.
     """
     _check_process()
     cupy = require_cupy()
@@ -104,7 +116,6 @@ def launch(plans: Sequence[Plan], device: torch.device) -> None:
                 shared_tensors[id(value)] = cupy.from_dlpack(value.detach())
             return shared_tensors[id(value)]
 
-        versions = {name: read(name).fingerprint for name in {plan.source for plan in plans}}
         for plan in plans:
-            function = _function(plan.source, versions[plan.source], index, plan.kernel, plan.shared)
-            function(plan.grid, plan.block, tuple(map(argument, plan.arguments)), shared_mem=plan.shared)
+            version = plan.version or read(plan.source).fingerprint
+            _function(plan.source, version, index, plan.kernel)(plan, tuple(map(argument, plan.arguments)))

@@ -77,8 +77,8 @@ class KernelEngine:
         name = self._kernel if self._kernel is not None and op in operators_of(self._kernel) else op
         return name, read(name).fingerprint
 
-    def _execute(self, steps: Steps, source: str, x: Tensor, w: Tensor, table: Tensor, out: Tensor) -> None:
-        self._run(bind(steps, source, {"x": x, "w": w, "table": table, "out": out}), x.device)
+    def _execute(self, steps: Steps, source: tuple[str, str], x: Tensor, w: Tensor, table: Tensor, out: Tensor) -> None:
+        self._run(bind(steps, *source, {"x": x, "w": w, "table": table, "out": out}), x.device)
 
     def _matmul(self, x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
         """``(G, M, K)`` by ``(G, N, K)`` into a contiguous ``(G, M, N)``; whichever of m and n suits as rows is."""
@@ -92,9 +92,9 @@ class KernelEngine:
             _product(w, x, known, (group, row, column)), *source, "lut_gemm", target, self._variant
         )
         if swapped.clocks < direct.clocks:
-            self._execute(swapped, source[0], w, x, known.rows, out)
+            self._execute(swapped, source, w, x, known.rows, out)
         else:
-            self._execute(direct, source[0], x, w, known.columns, out)
+            self._execute(direct, source, x, w, known.columns, out)
 
     def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
@@ -120,7 +120,7 @@ class KernelEngine:
         known, source = prepare(table), self._source("lut_conv2d")
         problem, y = _convolution(x, w, known, stride, padding, dilation, groups, pad_code)
         steps = product_sum_steps(problem, *source, "lut_conv2d", self._target(x.device), self._variant)
-        self._execute(steps, source[0], x, w, known.columns, y)
+        self._execute(steps, source, x, w, known.columns, y)
         return y
 
     def lut_dwconv2d(
@@ -137,7 +137,7 @@ class KernelEngine:
         known, source = prepare(table), self._source("lut_dwconv2d")
         problem, y = _convolution(x, w, known, stride, padding, dilation, x.shape[1], pad_code)
         steps = depthwise_steps(problem, *source, self._target(x.device))
-        self._execute(steps, source[0], x, w, known.columns, y)
+        self._execute(steps, source, x, w, known.columns, y)
         return y
 
 

@@ -25,6 +25,8 @@ class Plan:
     arguments : tuple of Tensor or numpy.generic or numpy.ndarray
         In the kernel's order: a tensor is passed as the address of its first element, a NumPy scalar by value, a
         one-element structured array as a C struct by value.
+    version : str
+        Fingerprint of the source that the plan was made for; empty for whatever the source is at the launch.
     """
 
     source: str
@@ -33,6 +35,7 @@ class Plan:
     block: tuple[int, int, int]
     shared: int
     arguments: tuple[Tensor | np.generic | np.ndarray, ...]
+    version: str = ""
 
 
 @dataclass(frozen=True)

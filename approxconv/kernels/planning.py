@@ -411,7 +411,7 @@ def depthwise_steps(problem: Problem, source: str, _fingerprint: str, target: Ta
     return Steps((step,), LAUNCH_CLOCKS)
 
 
-def bind(steps: Steps, source: str, tensors: Mapping[str, Tensor]) -> list[Plan]:
+def bind(steps: Steps, source: str, version: str, tensors: Mapping[str, Tensor]) -> list[Plan]:
     """Put tensors in the places of their names, and scratch of their device where the steps ask for it."""
     device = tensors["out"].device
     operands = {
@@ -429,6 +429,6 @@ def bind(steps: Steps, source: str, tensors: Mapping[str, Tensor]) -> list[Plan]
         return tensor.as_strided((span - argument.offset,), (1,), tensor.storage_offset() + argument.offset)
 
     return [
-        Plan(source, step.kernel, step.grid, step.block, step.shared, tuple(map(resolve, step.arguments)))
+        Plan(source, step.kernel, step.grid, step.block, step.shared, tuple(map(resolve, step.arguments)), version)
         for step in steps.steps
     ]

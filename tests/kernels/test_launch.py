@@ -4,12 +4,13 @@ import os
 import sys
 import types
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from approxconv.kernels import Plan, launch, reload
+from approxconv.kernels import Plan, launch, read, reload
 from approxconv.kernels.launch import device_target
 
 launcher = sys.modules["approxconv.kernels.launch"]
@@ -70,7 +71,9 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
     monkeypatch.setattr(
-        launcher, "compile_kernel", lambda name, arch: types.SimpleNamespace(path=f"/cache/{name}.{arch}.cubin")
+        launcher,
+        "compile_kernel",
+        lambda name, arch: types.SimpleNamespace(path=f"/cache/{name}.{arch}.cubin", source=read(name)),
     )
     monkeypatch.setattr(launcher, "_first_process", None)
     reload()
@@ -114,9 +117,11 @@ def test_tensors_cross_once_and_modules_load_once(log):
     assert [entry[1] for entry in log if entry[0] == "launch"] == 2 * ["lut_gemm_rows6_int16", "lut_gemm_reduce"]
 
 
-def test_shared_memory_beyond_the_default_is_opted_in_to(log):
-    launch([plan(shared=65536)], torch.device("cuda", 0))
-    assert log[4][4] == 65536  # FakeFunction refuses more than it was opted in to
+def test_shared_memory_beyond_the_default_is_opted_in_to_and_stays_so(log):
+    sizes = [0, 100_000, 60_000, 100_000]  # FakeFunction refuses more than it was last opted in to
+    for size in sizes:
+        launch([plan(shared=size)], torch.device("cuda", 0))
+    assert [entry[4] for entry in log if entry[0] == "launch"] == sizes
 
 
 def test_an_edited_source_is_loaded_at_the_next_launch(log, tmp_path):
@@ -129,6 +134,14 @@ def test_an_edited_source_is_loaded_at_the_next_launch(log, tmp_path):
         launch([plan()], torch.device("cuda", 0))
         launch([plan()], torch.device("cuda", 0))
     assert sum(entry[0] == "module" for entry in log) == 2
+
+
+def test_a_plan_for_an_edited_source_is_not_run(log):
+    with pytest.raises(RuntimeError, match=r"lut_gemm\.cu .*edited"):
+        launch([replace(plan(), version="of yesterday")], torch.device("cuda", 0))
+    assert not any(entry[0] == "launch" for entry in log)
+    launch([replace(plan(), version=read("lut_gemm").fingerprint)], torch.device("cuda", 0))
+    assert any(entry[0] == "launch" for entry in log)
 
 
 def test_target_is_read_from_the_device(log):

@@ -186,7 +186,7 @@ def test_bound_plans_point_into_the_tensors():
         "table": torch.zeros(256, 256, dtype=torch.int16),
         "out": torch.zeros(64, 64, 112, 112, dtype=torch.int32),
     }
-    plans = bind(steps, "lut_conv2d", tensors)
+    plans = bind(steps, "lut_conv2d", "", tensors)
     packs = [plan for plan in plans if "_pack_" in plan.kernel]
     assert len(packs) > 1
     offsets = [plan.arguments[0].data_ptr() - tensors["x"].data_ptr() for plan in packs]
