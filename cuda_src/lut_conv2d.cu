@@ -18,13 +18,13 @@ extern "C" __global__ void __launch_bounds__(PACK_THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    lut_conv2d_rows6_int16(const code* x_packed, const code* w_packed, const short* table, int* out, const Geometry g) {
-    row_tables<short, 6>(x_packed, w_packed, table, out, g);
+    lut_conv2d_rows10_int16(const code* x_packed, const code* w_packed, const short* table, int* out, const Geometry g) {
+    row_tables<short, 10>(x_packed, w_packed, table, out, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    lut_conv2d_rows4_int16(const code* x_packed, const code* w_packed, const short* table, int* out, const Geometry g) {
-    row_tables<short, 4>(x_packed, w_packed, table, out, g);
+    lut_conv2d_rows5_int16(const code* x_packed, const code* w_packed, const short* table, int* out, const Geometry g) {
+    row_tables<short, 5>(x_packed, w_packed, table, out, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -44,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(PACK_THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    lut_conv2d_rows6_int32(const code* x_packed, const code* w_packed, const int* table, int* out, const Geometry g) {
-    row_tables<int, 6>(x_packed, w_packed, table, out, g);
+    lut_conv2d_rows10_int32(const code* x_packed, const code* w_packed, const int* table, int* out, const Geometry g) {
+    row_tables<int, 10>(x_packed, w_packed, table, out, g);
 }
 
 extern "C" __global__ void __launch_bounds__(GATHER_ROWS* GATHER_PARTS)

@@ -9,8 +9,8 @@
 //
 //   slot:   products of TAPS = 4 kernel rows with one code: table[w[o, 4q..4q+3, s]][a]; rows past the last one hold zeros
 //   tables: [kernel column s][q][code a][copy] of slots. Threads read the copy of their number modulo `copies`, so that
-//           random codes seldom meet in one bank: 2 wavefronts a read of 4 products with 8 copies, where looking one
-//           product up costs about 3.
+//           random codes seldom meet in one bank: with 8 copies a warp's read of 4 products each takes 4 wavefronts
+//           instead of about 6, where looking one product up takes about 3.
 //
 // Strides of 1 and 2 without vertical dilation go this way; any others look single products up in the same slots.
 // Kernels whose tables do not fit shared memory go through the plain gather (gather.cuh), one group a channel.
@@ -18,6 +18,7 @@
 #include "gather.cuh"
 
 constexpr int THREADS = 256;
+constexpr int WARP = 32;
 constexpr int STRIP = 8;  // output rows a thread
 constexpr int TAPS = 4;   // kernel rows a slot
 
@@ -104,7 +105,8 @@ __device__ void dwconv2d(const code* x, const code* w, const Entry* table, int* 
             entries[i] = r < g.kernel_h ? table[w[r * g.w_row + s * g.w_col] * CODES + a] : Entry(0);
         }
         const SlotOf slot = {entries[0], entries[1], entries[2], entries[3]};
-        for (int copy = 0; copy < t.copies; ++copy) tables[at * t.copies + copy] = slot;
+        // Neighbours begin with different copies, else they would meet in one bank.
+        for (int i = 0; i < t.copies; ++i) tables[at * t.copies + (i + threadIdx.x / 2) % t.copies] = slot;
     }
     const SlotOf* own = tables + threadIdx.x % t.copies;
 
@@ -118,10 +120,14 @@ __device__ void dwconv2d(const code* x, const code* w, const Entry* table, int* 
         const int images = min(t.images, g.images - first_image);
         const int top = first_row * g.step_h - g.pad_h, left = first_col * g.step_w - g.pad_w;
         __syncthreads();
-        for (int i = threadIdx.x; i < images * height * pitch; i += blockDim.x) {
-            const int col = left + i % pitch, row = top + i / pitch % height, image = first_image + i / (pitch * height);
-            const bool inside = row >= 0 && row < g.height && col >= 0 && col < g.width;
-            tile[i] = inside ? x[image * g.x_image + row * g.x_row + col * g.x_col] : code(g.pad_code);
+        for (int line = threadIdx.x / WARP; line < images * height; line += blockDim.x / WARP) {
+            const int row = top + line % height;
+            const bool inside = row >= 0 && row < g.height;
+            const code* from = x + (first_image + line / height) * g.x_image + (inside ? row * g.x_row : 0);
+            for (int i = threadIdx.x % WARP; i < pitch; i += WARP) {
+                const int col = left + i;
+                tile[line * pitch + i] = inside && col >= 0 && col < g.width ? from[col * g.x_col] : code(g.pad_code);
+            }
         }
         __syncthreads();
         const int cols = min(t.cols, g.out_w - first_col), rows = min(t.rows, g.out_h - first_row);

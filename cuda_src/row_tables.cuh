@@ -23,12 +23,12 @@
 // in, so that a thread's 8 codes of a stage are one aligned load and consecutive threads' loads are consecutive; w as
 // [group][lane tile][k / 8][8 k's][LANES]. A k is (channel / 8, kernel row, kernel column, channel % 8).
 // Channels that fill up the last 8 are masked: their slots hold zeros, whatever the table says of any code.
-// Splits of the k's (grid.z) write partial sums out_split apart, which `reduce_splits` adds in a fixed order.
+// Splits of the k's (grid.y) write partial sums out_split apart, which `reduce_splits` adds in a fixed order.
 #pragma once
 
 #include "lut.cuh"
 
-constexpr int THREADS = 512;                          // most threads a block
+constexpr int THREADS = 384;                          // most threads a block: 168 registers each, for 10 rows
 constexpr int STEPS = 8;                              // k's a stage
 constexpr int SLOT_BYTES = 16;                        // entries of one (code, k): a 128-bit read
 constexpr int LINE_BYTES = STEPS * SLOT_BYTES;        // 128
@@ -38,6 +38,7 @@ constexpr int LANES_INT16 = SLOT_BYTES / 2;           // columns a tile, by type
 constexpr int LANES_INT32 = SLOT_BYTES / 4;
 constexpr int BUILD_CODES = 4;                        // codes a thread builds at once
 constexpr int PACK_THREADS = 256;
+static_assert(STEPS == 8 && SLOT_BYTES == 16 && BUILD_CODES == 4, "packing and permutations are written for these");
 
 template <typename Entry>
 constexpr int LANES = SLOT_BYTES / int(sizeof(Entry));
@@ -104,6 +105,10 @@ __device__ void pack_operands(const code* x, const code* w, uint2* x_packed, cod
             const bool inside = row >= 0 && row < g.height && col >= 0 && col < g.width;
             const code* from = x + group * g.x_group + octet * STEPS * g.x_channel;
             from += inside ? image * g.x_image + row * g.x_row + col * g.x_col : 0;
+            if (inside && g.x_channel == 1 && octet * STEPS + STEPS <= g.channels && size_t(from) % sizeof(uint2) == 0) {
+                x_packed[job] = *reinterpret_cast<const uint2*>(from);
+                continue;
+            }
             unsigned words[2] = {0, 0};
 #pragma unroll
             for (int c = 0; c < STEPS; ++c) {
@@ -213,13 +218,12 @@ __device__ void row_tables(const code* x, const code* w, const Entry* table, int
     const int job = blockIdx.x / row_tiles, first_row = blockIdx.x % row_tiles * blockDim.x * ROWS + threadIdx.x;
     const int begin = int(int64(packed.stages) * blockIdx.y / gridDim.y);
     const int end = int(int64(packed.stages) * (blockIdx.y + 1) / gridDim.y);
-    const code* x_at = x + int64(job / packed.tiles) * packed.octets * packed.plane;
-    const WeightsOfK* w_at = reinterpret_cast<const WeightsOfK*>(w) + (int64(job) * packed.stages + begin) * STEPS + turn;
-    const int first_lane = job % packed.tiles * LANES<Entry>, lanes = g.lanes - first_lane;
-    out += blockIdx.y * g.out_split + job / packed.tiles * g.out_group + first_lane * g.out_lane;
+    // The packed operands are far below 4 GiB: 32-bit offsets from the parameters spare registers.
     Walk walk(g, packed, begin);
-    x_at += walk.shift();
-    WeightsOfK weights = *w_at;
+    unsigned x_at = job / packed.tiles * packed.octets * packed.plane + walk.shift();
+    unsigned w_at = (job * packed.stages + begin) * STEPS + turn;
+    const WeightsOfK* w_of_k = reinterpret_cast<const WeightsOfK*>(w);
+    WeightsOfK weights = w_of_k[w_at];
     build(stages, table, weights, turn < walk.channels_left());
 
     // Rows past the last one read its codes and are not written.
@@ -228,45 +232,56 @@ __device__ void row_tables(const code* x, const code* w, const Entry* table, int
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         row_at[i] = packed.row_at(g, min(first_row + i * int(blockDim.x), g.pixels() - 1));
-        codes[i] = *reinterpret_cast<const uint2*>(x_at + row_at[i]);
+        codes[i] = *reinterpret_cast<const uint2*>(x + (x_at + row_at[i]));
 #pragma unroll
         for (int n = 0; n < LANES<Entry>; ++n) sums[i][n] = blockIdx.y == 0 ? g.bias : 0;
     }
-    if (end - begin > 1) weights = *(w_at += STEPS);
+    if (end - begin > 1) weights = w_of_k[w_at += STEPS];
     __syncthreads();
-    for (int stage = begin; stage < end; ++stage) {
-        const unsigned half = (stage - begin) % 2 * STAGE_BYTES, first_slot = half + turn * SLOT_BYTES;
-        const bool more = stage + 1 < end;
-        if (more) {
-            x_at += walk.next();
-            build(stages + (STAGE_BYTES - half), table, weights, turn < walk.channels_left());
-            if (stage + 2 < end) weights = *(w_at += STEPS);
-        }
-        // Byte s from here on holds the code of step s: that of k = s ^ turn.
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            codes[i] = make_uint2(__byte_perm(codes[i].x, codes[i].y, 0x3210 ^ turn * 0x1111),
-                                  __byte_perm(codes[i].x, codes[i].y, 0x7654 ^ turn * 0x1111));
-        // Not unrolled: two steps of all rows are what the registers hold.
+    unsigned half = 0;  // where the stage lies that is being added
+    for (int left = end - begin; left > 0; --left, half ^= STAGE_BYTES) {
+        const unsigned first_slot = half + turn * SLOT_BYTES;
+        const bool more = left > 1;
+        if (more) x_at += walk.next();
+        // Even warps build first, odd ones add first: one kind's loads of the table hide behind the other's sums.
 #pragma unroll 1
-        for (int s = 0; s < STEPS; s += 2) {
-            if (s == STEPS / 2)
-#pragma unroll
-                for (int i = 0; i < ROWS; ++i) codes[i].x = codes[i].y;
-            const unsigned p_slot = first_slot ^ s * SLOT_BYTES, q_slot = p_slot ^ SLOT_BYTES;
-            const unsigned p_scale = unsigned(LINE_BYTES) << s % 4 * 8, q_scale = p_scale << 8;
-#pragma unroll
-            for (int i = 0; i < ROWS; ++i) {
-                // One dp4a: code·LINE_BYTES + slot.
-                const unsigned p_at = __dp4a(codes[i].x, p_scale, p_slot), q_at = __dp4a(codes[i].x, q_scale, q_slot);
-                add_pair(sums[i], *reinterpret_cast<const uint4*>(stages + p_at),
-                         *reinterpret_cast<const uint4*>(stages + q_at));
+        for (int job_of_two = 0; job_of_two < 2; ++job_of_two) {
+            if ((threadIdx.x / 32 + job_of_two) % 2 == 0) {
+                if (more) {
+                    build(stages + (half ^ STAGE_BYTES), table, weights, turn < walk.channels_left());
+                    if (left > 2) weights = w_of_k[w_at += STEPS];
+                }
+                continue;
             }
-        }
+            // Byte s from here on holds the code of step s: that of k = s ^ turn.
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) codes[i] = *reinterpret_cast<const uint2*>(x_at + row_at[i]);
+            for (int i = 0; i < ROWS; ++i)
+                codes[i] = make_uint2(__byte_perm(codes[i].x, codes[i].y, 0x3210 ^ turn * 0x1111),
+                                      __byte_perm(codes[i].x, codes[i].y, 0x7654 ^ turn * 0x1111));
+            // Not unrolled: two steps of all rows are what the registers hold.
+#pragma unroll 1
+            for (int s = 0; s < STEPS; s += 2) {
+                if (s == STEPS / 2)
+#pragma unroll
+                    for (int i = 0; i < ROWS; ++i) codes[i].x = codes[i].y;
+                const unsigned p_slot = first_slot ^ s * SLOT_BYTES, q_slot = p_slot ^ SLOT_BYTES;
+                const unsigned p_scale = unsigned(LINE_BYTES) << s % 4 * 8, q_scale = p_scale << 8;
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) {
+                    // One dp4a: code·LINE_BYTES + slot.
+                    const unsigned p_at = __dp4a(codes[i].x, p_scale, p_slot);
+                    const unsigned q_at = __dp4a(codes[i].x, q_scale, q_slot);
+                    add_pair(sums[i], *reinterpret_cast<const uint4*>(stages + p_at),
+                             *reinterpret_cast<const uint4*>(stages + q_at));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) codes[i] = *reinterpret_cast<const uint2*>(x + (x_at + row_at[i]));
+        }
         __syncthreads();
     }
+    const int first_lane = blockIdx.x / row_tiles % packed.tiles * LANES<Entry>, lanes = g.lanes - first_lane;
+    out += blockIdx.y * g.out_split + blockIdx.x / row_tiles / packed.tiles * g.out_group + first_lane * g.out_lane;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int pixel = first_row + i * int(blockDim.x);

@@ -53,6 +53,29 @@ def _module(source: str, version: str, index: int) -> Any:
     return cupy.RawModule(path=str(compiled.path))
 
 
+class _Stream:
+    """torch's current stream, by the protocol that CuPy asks for; torch's own streams have it from 2.10 on."""
+
+    def __init__(self, index: int) -> None:
+        self._pointer = torch.cuda.current_stream(index).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+class _OnThisStream:
+    """A tensor for DLPack that is used on the stream it was made on: torch has nothing to order."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._tensor.__dlpack_device__()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._tensor.__dlpack__(stream=-1)
+
+
 @dataclass
 class _Function:
     """A loaded kernel, and how much dynamic shared memory it may be launched with."""
@@ -101,19 +124,14 @@ def launch(plans: Sequence[Plan], device: torch.device) -> None:
     _check_process()
     cupy = require_cupy()
     index = device.index if device.index is not None else torch.cuda.current_device()
-    # DLPack is asked inside the stream's context: torch then has nothing to synchronise.
-    with (
-        torch.cuda.device(index),
-        cupy.cuda.Device(index),
-        cupy.cuda.Stream.from_external(torch.cuda.current_stream(index)),
-    ):
+    with torch.cuda.device(index), cupy.cuda.Device(index), cupy.cuda.Stream.from_external(_Stream(index)):
         shared_tensors: dict[int, Any] = {}
 
         def argument(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in shared_tensors:
-                shared_tensors[id(value)] = cupy.from_dlpack(value.detach())
+                shared_tensors[id(value)] = cupy.from_dlpack(_OnThisStream(value))
             return shared_tensors[id(value)]
 
         for plan in plans:

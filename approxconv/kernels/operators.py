@@ -66,6 +66,15 @@ class KernelEngine:
         """The same engine with another kernel source, or with a variant prescribed."""
         return KernelEngine(self._device_type, self._target, self._run, self._require, kernel, variant)
 
+    def sanitized(self, sanitize: str) -> KernelEngine:
+        """The host's engine, every launch under a sanitizer, see `run_on_host`."""
+        from .host import run_on_host
+
+        def run(plans: Sequence[Plan], device: torch.device) -> None:
+            run_on_host(plans, sanitize=sanitize)
+
+        return KernelEngine(self._device_type, self._target, run, self._require, self._kernel, self._variant)
+
     def unavailable(self, device: torch.device) -> str | None:
         """Why tensors on `device` cannot be computed with, or None."""
         if device.type != self._device_type:
@@ -180,7 +189,10 @@ def _convolution(
     out_size = conv_output_size(size, kernel, stride, padding, dilation)
     y = torch.empty(batch, filters, *out_size, dtype=torch.int32, device=x.device)
     lanes, plane = filters // groups, out_size[0] * out_size[1]
-    x_strides, w_strides = x.stride(), w.stride()
+    x_strides, w_strides, step = x.stride(), w.stride(), tuple(stride)
+    if tuple(kernel) == (1, 1) and not any(padding):  # pixels that a stride leaves out are not even packed
+        x_strides = (*x_strides[:2], *(s * by for s, by in zip(x_strides[2:], step, strict=True)))
+        size, step = out_size, (1, 1)
     problem = Problem(
         x_shape=(batch, groups, depth, *size),
         x_strides=(x_strides[0], x_strides[1] * depth, *x_strides[1:]),
@@ -188,7 +200,7 @@ def _convolution(
         w_strides=(w_strides[0] * lanes, *w_strides),
         out_size=out_size,
         out_strides=(filters * plane, lanes * plane, plane, 1),
-        step=tuple(stride),
+        step=step,
         pad=tuple(padding),
         dil=tuple(dilation),
         pad_code=pad_code,

@@ -22,14 +22,17 @@ from .plan import Plan, Target
 from .sources import read
 
 CODES = 256
-MAX_PIXELS = 2**31 - 1
+MAX_PIXELS = 2**31 - 2**12  # room to round up to tiles
 # Bytes of packed activations, packed weights and partial sums alive at once: less than 64 MiB together.
-X_SCRATCH, W_SCRATCH, PARTIAL_SCRATCH = 36 * 2**20, 12 * 2**20, 12 * 2**20
+X_SCRATCH, W_SCRATCH, PARTIAL_SCRATCH = 36 * 2**20, 12 * 2**20, 13 * 2**20
 MAX_SPLITS = 8
 # Costs in clocks of a multiprocessor (GPU_KERNELS.md): adding a stage of row tables takes about one a row, building it
 # as long as adding to 1,100 rows; a gather does about 6 products; a further launch costs about 7,000.
 BUILD_ROWS, GATHER_RATE, LAUNCH_CLOCKS = 1100, 6, 7000
-DEPTHWISE_WAVES = 4  # blocks a multiprocessor that a depthwise convolution is cut into, at least
+MANY_TILES = 64  # of so many, the last one's emptiness does not matter
+WARP = 32
+# Of a depthwise convolution, in outputs a thread: building a filter's tables, and beginning with a tile.
+DEPTHWISE_BUILD, DEPTHWISE_TILE, MOST_PARTS = 24, 4, 1024
 
 GEOMETRY = np.dtype(
     [(name, np.int64) for name in (
@@ -183,9 +186,15 @@ class Problem:
                 self, w_shape=(self.groups, end - begin, *self.w_shape[2:]), w_at=self.w_at + begin * self.w_strides[1],
                 out_at=self.out_at + begin * self.out_strides[2],
             )  # fmt: skip
+        out_at = self.out_at + begin * self.out_size[1] * self.out_strides[3]
+        # The rows that the part sees: those above are cut off where there are any, and padding is what is left of it.
+        first = begin * self.step[0] - self.pad[0]
+        reach = (end - begin - 1) * self.step[0] + (self.w_shape[3] - 1) * self.dil[0] + 1
+        top = min(max(first, 0), self.x_shape[3])
+        height = max(min(first + reach, self.x_shape[3]) - top, 0)
         return replace(
-            self, out_size=(end - begin, self.out_size[1]), pad=(self.pad[0] - begin * self.step[0], self.pad[1]),
-            out_at=self.out_at + begin * self.out_size[1] * self.out_strides[3],
+            self, x_shape=(*self.x_shape[:3], height, self.x_shape[4]), x_at=self.x_at + top * self.x_strides[3],
+            out_size=(end - begin, self.out_size[1]), pad=(top - first, self.pad[1]), out_at=out_at,
         )  # fmt: skip
 
 
@@ -214,35 +223,42 @@ class _RowTables:
     def w_bytes(self, problem: Problem) -> int:
         return problem.groups * _ceil(problem.lanes, self.lanes) * self.lanes * self.stages(problem) * self.steps
 
-    def choices(self, problem: Problem) -> list[tuple[int, int]]:
-        """(rows a thread, threads a block): tiles as even as whole warps allow."""
-        found = []
+    def choices(self, problem: Problem) -> set[tuple[int, int]]:
+        """(rows a thread, threads a block): as few tiles as can be, or some more, as even as whole warps allow."""
+        found = set()
         for rows in self.rows:
-            tiles = _ceil(problem.pixels, rows * self.threads)
-            found.append((rows, _ceil(_ceil(problem.pixels, tiles * rows), 32) * 32))
+            fewest = _ceil(problem.pixels, rows * self.threads)
+            for tiles in range(fewest, 2 * fewest + 1) if fewest <= MANY_TILES else (fewest,):
+                found.add((rows, _ceil(_ceil(problem.pixels, tiles * rows), WARP) * WARP))
         return found
 
     def clocks(self, problem: Problem, rows: int, threads: int, splits: int, multiprocessors: int) -> float:
         tiles = _ceil(problem.pixels, rows * threads) * _ceil(problem.lanes, self.lanes) * problem.groups
         waves = _ceil(tiles * splits, multiprocessors)
-        stage = rows * threads + max(BUILD_ROWS, BUILD_ROWS * self.threads // threads // 2)
-        extra = (2 if splits > 1 else 1) * LAUNCH_CLOCKS
+        # With few threads the loads of the table are waited for: building takes as long with half of them.
+        stage = rows * threads + BUILD_ROWS * max(1.0, self.threads / (2 * threads))
+        extra = (3 if splits > 1 else 2) * LAUNCH_CLOCKS
         return waves * _ceil(self.stages(problem), splits) * stage + extra
 
-    def splits(self, problem: Problem) -> range:
+    def best(self, problem: Problem, multiprocessors: int, *, whole: bool) -> tuple[float, int, int, int]:
+        """(clocks, rows, threads, splits) of the cheapest way; only a whole problem may be split."""
         partial = 4 * problem.groups * problem.lanes * problem.pixels
-        if self.fitting(problem) != [problem]:
-            return range(1, 2)
-        most = min(MAX_SPLITS, self.stages(problem), PARTIAL_SCRATCH // max(1, partial))
-        return range(1, max(1, most) + 1)
-
-    def best(self, problem: Problem, multiprocessors: int) -> tuple[float, int, int, int]:
-        """(clocks, rows, threads, splits) of the cheapest way."""
+        splits = min(MAX_SPLITS, self.stages(problem), PARTIAL_SCRATCH // max(1, partial)) if whole else 1
         return min(
-            (self.clocks(problem, rows, threads, splits, multiprocessors), rows, threads, splits)
-            for rows, threads in self.choices(problem)
-            for splits in self.splits(problem)
+            (self.clocks(problem, *choice, split, multiprocessors), *choice, split)
+            for choice in self.choices(problem)
+            for split in range(1, max(1, splits) + 1)
         )
+
+    def checked(self, variant: tuple[int, int, int], problem: Problem) -> tuple[int, int, int]:
+        """A variant asked for, if the source has it, with no more splits than there are stages."""
+        rows, threads, splits = variant
+        if rows not in self.rows or not (0 < threads <= self.threads and threads % WARP == 0) or splits < 1:
+            raise ValueError(
+                f"variant must be (rows, threads, splits) with rows among {self.rows}, threads a multiple of {WARP} up "
+                f"to {self.threads}, got {variant}"
+            )
+        return rows, threads, min(splits, self.stages(problem))
 
     def fitting(self, problem: Problem) -> list[Problem] | None:
         """Parts whose packed operands fit the scratch; None if no cut gets there."""
@@ -350,14 +366,24 @@ def product_sum_steps(
         raise ValueError(
             f"kernel source {source!r} has no {op} kernel for {problem.entry} tables that fits this device"
         )
-    clocks, *best = tables.best(problem, target.multiprocessors) if parts else (math.inf, 0, 0, 0)
     gather_clocks = gather.clocks(problem, target.multiprocessors) if gather.exists else math.inf
-    if parts is None or variant == (0, 0, 0) or (variant is None and gather_clocks <= clocks):
+    if parts is None or variant == (0, 0, 0):
         return Steps(tuple(gather.steps(problem)), gather_clocks)
-    rows, threads, splits = variant or best
+    if variant is None:
+        chosen = [tables.best(part, target.multiprocessors, whole=len(parts) == 1) for part in parts]
+    else:
+        chosen = [(math.inf, *tables.checked(variant, problem))] * len(parts)
+    clocks = sum(choice[0] for choice in chosen)
+    if variant is None and gather_clocks <= clocks:
+        return Steps(tuple(gather.steps(problem)), gather_clocks)
     scratch = [("x_packed", max(map(tables.x_bytes, parts))), ("w_packed", max(map(tables.w_bytes, parts)))]
+    _, rows, threads, splits = chosen[0]
     if splits == 1 or len(parts) > 1:
-        steps = [step for part in parts for step in (tables.pack(part), tables.run(part, rows, threads))]
+        steps = [
+            step
+            for part, (_, rows, threads, _) in zip(parts, chosen, strict=True)
+            for step in (tables.pack(part), tables.run(part, rows, threads))
+        ]
         return Steps(tuple(steps), clocks, tuple(scratch))
     count = problem.groups * problem.lanes * problem.pixels
     steps = [tables.pack(problem), tables.run(problem, rows, threads, splits, count), tables.reduce(count, splits)]
@@ -402,7 +428,15 @@ def depthwise_steps(problem: Problem, source: str, _fingerprint: str, target: Ta
         return Steps(tuple(gather.steps(problem)), gather.clocks(problem, target.multiprocessors))
     row_tiles, col_tiles, image_tiles = _ceil(out_h, rows), _ceil(out_w, cols), _ceil(problem.images, images)
     filters = problem.groups * problem.lanes
-    parts = min(row_tiles * col_tiles * image_tiles, _ceil(DEPTHWISE_WAVES * target.multiprocessors, filters))
+    tiles = row_tiles * col_tiles * image_tiles
+    resident = target.multiprocessors * max(1, target.shared_bytes // shared())
+    strips = images * _ceil(rows, constants["STRIP"]) * cols
+    tile_cost = DEPTHWISE_TILE + _ceil(strips, constants["THREADS"]) * constants["STRIP"]
+
+    def cost(parts: int) -> int:
+        return _ceil(filters * parts, resident) * (DEPTHWISE_BUILD + _ceil(tiles, parts) * tile_cost)
+
+    parts = min(range(1, min(tiles, MOST_PARTS) + 1), key=cost)
     tiling = np.array([(rows, cols, images, row_tiles, col_tiles, image_tiles, parts, copies)], TILING)
     step = Step(
         f"lut_dwconv2d_{problem.entry}", (filters * parts, 1, 1), (constants["THREADS"], 1, 1), shared(),

@@ -7,10 +7,20 @@ import pytest
 import torch
 
 from approxconv.engines import host_cuda, reference
-from approxconv.kernels import KernelCompileError, compile_kernel, copy_sources, read, use_source, verify
+from approxconv.kernels import (
+    KernelCompileError,
+    KernelEngine,
+    Target,
+    compile_kernel,
+    copy_sources,
+    planning,
+    read,
+    use_source,
+    verify,
+)
 from approxconv.kernels.compile import arch_limits
 from approxconv.kernels.host import SanitizerError, run_on_host
-from approxconv.kernels.operators import KernelEngine
+from approxconv.kernels.planning import Problem, depthwise_steps
 from approxconv.kernels.verify import Case
 
 SOURCES = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
@@ -51,10 +61,10 @@ def test_equals_the_oracle_on_the_host(source):
 
 WATCHED = (
     Case("lut_gemm", (70, 11), (9, 11), "uint16", variant=(2, 32, 2)),
-    Case("lut_gemm", (40, 11), (9, 11), "int32", variant=(6, 32, 1), layout="sliced"),
+    Case("lut_gemm", (40, 11), (9, 11), "int32", variant=(10, 32, 1), layout="sliced"),
     Case("lut_gemm", (33, 11), (9, 11), "int16"),
     Case(
-        "lut_conv2d", (2, 9, 5, 6), (12, 3, 3, 2), "int16", geometry=((1, 2), (1, 2), (2, 1), 3, 9), variant=(4, 32, 1)
+        "lut_conv2d", (2, 9, 5, 6), (12, 3, 3, 2), "int16", geometry=((1, 2), (1, 2), (2, 1), 3, 9), variant=(5, 32, 1)
     ),
     Case("lut_conv2d", (1, 3, 5, 6), (9, 3, 3, 2), "int32", geometry=((2, 1), (0, 1), (1, 1), 1, 9)),
     Case("lut_dwconv2d", (2, 2, 9, 7), (4, 1, 3, 3), "int16", geometry=((1, 1), (1, 1), (1, 1), 2, 9)),
@@ -63,19 +73,9 @@ WATCHED = (
 )
 
 
-def watched_engine(sanitize):
-    """The host engine, every plan under a sanitizer; so few multiprocessors that blocks get several tiles."""
-    return KernelEngine(
-        "cpu",
-        lambda device: host_cuda.TARGET,
-        lambda plans, device: run_on_host(plans, sanitize=sanitize),
-        lambda: None,
-    )
-
-
 def run_watched(case, sanitize, kernel=None):
     operands = case.operands(torch.Generator().manual_seed(8))
-    got = case.run(watched_engine(sanitize).with_kernel(kernel, case.variant), *operands)
+    got = case.run(host_cuda.engine.with_kernel(kernel, case.variant).sanitized(sanitize), *operands)
     assert torch.equal(got, case.run(reference, *operands)), str(case)
 
 
@@ -103,6 +103,61 @@ def edited(folder, file, old, new, count=1):
 END_OF_STAGE = """codes[i] = *reinterpret_cast<const uint2*>(x_at + row_at[i]);
         __syncthreads();
 """
+
+
+def test_depthwise_tables_fit_the_shared_memory_of_every_architecture():
+    pytest.importorskip("cupy", reason="needs CuPy and NVRTC to compile")
+    for arch in ARCHITECTURES:
+        limits = arch_limits(arch)
+        target = Target(40, limits.shared_block_bytes)
+        static = compile_kernel("lut_dwconv2d", arch).kernels["lut_dwconv2d_int16"].shared_bytes
+        for kernel in (1, 3, 5, 7, 11, 21, 31):
+            problem = Problem(
+                x_shape=(4, 8, 1, 60, 60), x_strides=(28800, 3600, 3600, 60, 1),
+                w_shape=(8, 1, 1, kernel, kernel), w_strides=(kernel**2, kernel**2, kernel**2, kernel, 1),
+                out_size=(60, 60), out_strides=(28800, 3600, 3600, 1), step=(1, 1), pad=(kernel // 2,) * 2,
+                dil=(1, 1), pad_code=0, offset=0, entry="int16",
+            )  # fmt: skip
+            (step,) = depthwise_steps(problem, "lut_dwconv2d", read("lut_dwconv2d").fingerprint, target).steps
+            assert static + step.shared <= limits.shared_block_bytes, (arch, kernel)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("case", "fewest"),
+    [
+        (Case("lut_gemm", (2, 90, 20), (19, 20), variant=(10, 32, 1)), 6),
+        (
+            Case("lut_conv2d", (3, 6, 9, 7), (8, 3, 3, 3), geometry=((1, 2), (1, 2), (1, 1), 2, 9), variant=(5, 32, 1)),
+            6,
+        ),
+        (
+            Case(
+                "lut_conv2d", (1, 2, 40, 3), (9, 2, 3, 2), geometry=((3, 1), (4, 0), (2, 1), 1, 9), variant=(2, 32, 1)
+            ),
+            4,
+        ),
+    ],
+    ids=["product", "convolution", "tall"],
+)
+def test_problems_cut_to_the_scratch_are_right(case, fewest, monkeypatch):
+    plans = []
+    monkeypatch.setattr(planning, "X_SCRATCH", 600)
+    monkeypatch.setattr(planning, "W_SCRATCH", 700)
+    planning.product_sum_steps.cache_clear()
+    engine = KernelEngine(
+        "cpu",
+        lambda device: host_cuda.TARGET,
+        lambda some, device: plans.extend(some) or run_on_host(some),
+        lambda: None,
+    )
+    operands = case.operands(torch.Generator().manual_seed(8))
+    try:
+        got = case.run(engine.with_kernel(None, case.variant), *operands)
+    finally:
+        planning.product_sum_steps.cache_clear()
+    assert torch.equal(got, case.run(reference, *operands))
+    assert len(plans) >= fewest
 
 
 @needs_compiler

@@ -56,20 +56,23 @@ def log(monkeypatch):
         def get_function(self, name):
             return FakeFunction(calls, name)
 
-    def from_dlpack(tensor):
-        assert not tensor.requires_grad
+    def from_dlpack(exporter):
+        """As CuPy calls it, but for the stream, which must not matter."""
+        assert exporter.__dlpack_device__()[1] == 0
+        tensor = torch.from_dlpack(exporter.__dlpack__(stream=7, max_version=(1, 0)))
         calls.append(("dlpack", tensor.data_ptr()))
         return ("array", tensor.data_ptr())
 
     cupy = types.ModuleType("cupy")
     cupy.RawModule, cupy.from_dlpack = RawModule, from_dlpack
     cupy.cuda = types.SimpleNamespace(
-        Device=Device, Stream=types.SimpleNamespace(from_external=lambda stream: inside("stream", stream))
+        Device=Device,
+        Stream=types.SimpleNamespace(from_external=lambda stream: inside("stream", stream.__cuda_stream__())),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "device", lambda index: inside("torch device", index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=1000 + index))
     monkeypatch.setattr(
         launcher,
         "compile_kernel",
@@ -83,7 +86,7 @@ def log(monkeypatch):
     device_target.cache_clear()
 
 
-def plan(*arguments, shared=0, kernel="lut_gemm_rows6_int16"):
+def plan(*arguments, shared=0, kernel="lut_gemm_rows10_int16"):
     return Plan("lut_gemm", kernel, (7, 2, 1), (64, 1, 1), shared, arguments)
 
 
@@ -93,11 +96,11 @@ def test_a_plan_runs_on_torchs_device_and_stream(log):
     assert log == [
         ("enter torch device", 1),
         ("enter cupy device", 1),
-        ("enter stream", "stream of 1"),
+        ("enter stream", (0, 1001)),
         ("module", "/cache/lut_gemm.sm_90.cubin"),
         ("dlpack", x.data_ptr()),
-        ("launch", "lut_gemm_rows6_int16", (7, 2, 1), (64, 1, 1), 0, (("array", x.data_ptr()), scalar)),
-        ("exit stream", "stream of 1"),
+        ("launch", "lut_gemm_rows10_int16", (7, 2, 1), (64, 1, 1), 0, (("array", x.data_ptr()), scalar)),
+        ("exit stream", (0, 1001)),
         ("exit cupy device", 1),
         ("exit torch device", 1),
     ]
@@ -114,7 +117,7 @@ def test_tensors_cross_once_and_modules_load_once(log):
         launch([plan(x, y), plan(y, kernel="lut_gemm_reduce")], torch.device("cuda", 0))
     assert sum(entry[0] == "module" for entry in log) == 1
     assert [entry for entry in log if entry[0] == "dlpack"] == 2 * [("dlpack", t.data_ptr()) for t in (x, y)]
-    assert [entry[1] for entry in log if entry[0] == "launch"] == 2 * ["lut_gemm_rows6_int16", "lut_gemm_reduce"]
+    assert [entry[1] for entry in log if entry[0] == "launch"] == 2 * ["lut_gemm_rows10_int16", "lut_gemm_reduce"]
 
 
 def test_shared_memory_beyond_the_default_is_opted_in_to_and_stays_so(log):

@@ -122,7 +122,7 @@ def cover(steps, problem):
     ],
 )
 def test_scratch_is_bounded_and_every_output_is_written_once(problem):
-    steps = steps_of(problem, variant=(6, 512, 1))
+    steps = steps_of(problem, variant=(10, 384, 1))
     scratch = dict(steps.scratch)
     assert scratch["x_packed"] <= X_SCRATCH
     assert scratch["w_packed"] <= W_SCRATCH
@@ -131,7 +131,7 @@ def test_scratch_is_bounded_and_every_output_is_written_once(problem):
 
 def test_weights_beyond_the_scratch_are_packed_in_parts():
     problem = gemm(2048, 2000, 30_000)
-    steps = steps_of(problem, "lut_gemm", variant=(6, 512, 1))
+    steps = steps_of(problem, "lut_gemm", variant=(10, 384, 1))
     assert len(steps.steps) > 2
     assert dict(steps.scratch)["w_packed"] <= W_SCRATCH
     assert (cover(steps, problem) == 1).all()
@@ -164,7 +164,7 @@ def test_a_kernel_too_large_for_shared_memory_is_gathered():
 def test_tile_sizes_are_those_of_the_source(tmp_path):
     folder = copy_sources(tmp_path)
     header = folder / "row_tables.cuh"
-    header.write_text(header.read_text().replace("THREADS = 512;", "THREADS = 256;"))
+    header.write_text(header.read_text().replace("THREADS = 384;", "THREADS = 256;"))
     with use_source(folder):
         _, run = steps_of(conv()).steps
         assert run.block[0] <= 256
@@ -179,7 +179,7 @@ def test_a_source_without_a_fitting_kernel_is_named(tmp_path):
 
 def test_bound_plans_point_into_the_tensors():
     problem = replace(conv(batch=64, channels=64, size=112), pad_code=5)
-    steps = steps_of(problem, variant=(6, 512, 1))
+    steps = steps_of(problem, variant=(10, 384, 1))
     tensors = {
         "x": torch.zeros(64, 64, 112, 112, dtype=torch.uint8),
         "w": torch.zeros(64, 64, 3, 3, dtype=torch.uint8),
