@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,11 +95,11 @@ class KernelEngine:
         source = self._source("lut_gemm")
         target = self._target(x.device)
         group, row, column = out.stride()
-        direct = product_sum_steps(
-            _product(x, w, known, (group, column, row)), *source, "lut_gemm", target, self._variant
-        )
-        swapped = product_sum_steps(
-            _product(w, x, known, (group, row, column)), *source, "lut_gemm", target, self._variant
+        of_x, of_w, of_table = (x.shape, x.stride()), (w.shape, w.stride()), (known.offset, _entry(known))
+        direct = _product(*of_x, *of_w, (group, column, row), *of_table)
+        swapped = _product(*of_w, *of_x, (group, row, column), *of_table)
+        direct, swapped = (
+            product_sum_steps(problem, *source, "lut_gemm", target, self._variant) for problem in (direct, swapped)
         )
         if swapped.clocks < direct.clocks:
             self._execute(swapped, source, w, x, known.rows, out)
@@ -114,6 +115,23 @@ class KernelEngine:
             self._matmul(*operands[:2], known, operands[2])
         return y
 
+    @staticmethod
+    def _convolution(
+        x: Tensor,
+        w: Tensor,
+        known: PreparedTable,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        pad_code: int,
+    ) -> tuple[Problem, Tensor]:
+        """The problem, and its output to be written."""
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups, pad_code)
+        problem = _convolution(x.shape, x.stride(), w.shape, w.stride(), *geometry, known.offset, _entry(known))
+        y = torch.empty(x.shape[0], w.shape[0], *problem.out_size, dtype=torch.int32, device=x.device)
+        return problem, y
+
     def lut_conv2d(
         self,
         x: Tensor,
@@ -127,7 +145,7 @@ class KernelEngine:
     ) -> Tensor:
         """Implicit im2col: a packed copy of the codes is all there is beside input and output."""
         known, source = prepare(table), self._source("lut_conv2d")
-        problem, y = _convolution(x, w, known, stride, padding, dilation, groups, pad_code)
+        problem, y = self._convolution(x, w, known, stride, padding, dilation, groups, pad_code)
         steps = product_sum_steps(problem, *source, "lut_conv2d", self._target(x.device), self._variant)
         self._execute(steps, source, x, w, known.columns, y)
         return y
@@ -144,7 +162,7 @@ class KernelEngine:
     ) -> Tensor:
         """Row tables over the taps of each filter."""
         known, source = prepare(table), self._source("lut_dwconv2d")
-        problem, y = _convolution(x, w, known, stride, padding, dilation, x.shape[1], pad_code)
+        problem, y = self._convolution(x, w, known, stride, padding, dilation, x.shape[1], pad_code)
         steps = depthwise_steps(problem, *source, self._target(x.device))
         self._execute(steps, source, x, w, known.columns, y)
         return y
@@ -154,46 +172,60 @@ def _entry(known: PreparedTable) -> str:
     return "int16" if known.rows.dtype == torch.int16 else "int32"
 
 
-def _product(rows: Tensor, lanes: Tensor, known: PreparedTable, out_strides: tuple[int, int, int]) -> Problem:
+# Problems are remembered by what they are made of, and steps by the problem's identity: a layer called again pays for
+# neither.
+@lru_cache(maxsize=4096)
+def _product(
+    rows_shape: tuple[int, int, int],
+    rows_strides: tuple[int, int, int],
+    lanes_shape: tuple[int, int, int],
+    lanes_strides: tuple[int, int, int],
+    out_strides: tuple[int, int, int],
+    offset: int,
+    entry: str,
+) -> Problem:
     """A batched matrix product as a 1×1 convolution of one column; `out_strides` are those of (group, lane, row)."""
-    groups, pixels, depth = rows.shape
+    groups, pixels, depth = rows_shape
+    group, row, column = rows_strides
     return Problem(
         x_shape=(1, groups, depth, pixels, 1),
-        x_strides=(0, rows.stride(0), rows.stride(2), rows.stride(1), 0),
-        w_shape=(groups, lanes.shape[1], depth, 1, 1),
-        w_strides=(*lanes.stride(), 0, 0),
+        x_strides=(0, group, column, row, 0),
+        w_shape=(groups, lanes_shape[1], depth, 1, 1),
+        w_strides=(*lanes_strides, 0, 0),
         out_size=(pixels, 1),
         out_strides=(0, *out_strides),
         step=(1, 1),
         pad=(0, 0),
         dil=(1, 1),
         pad_code=0,
-        offset=known.offset,
-        entry=_entry(known),
+        offset=offset,
+        entry=entry,
     )
 
 
+@lru_cache(maxsize=4096)
 def _convolution(
-    x: Tensor,
-    w: Tensor,
-    known: PreparedTable,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    x_shape: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    w_strides: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     groups: int,
     pad_code: int,
-) -> tuple[Problem, Tensor]:
-    """The problem, and its output, made and contiguous."""
-    batch, _, *size = x.shape
-    filters, depth, *kernel = w.shape
+    offset: int,
+    entry: str,
+) -> Problem:
+    """A convolution into a contiguous output."""
+    batch, _, *size = x_shape
+    filters, depth, *kernel = w_shape
     out_size = conv_output_size(size, kernel, stride, padding, dilation)
-    y = torch.empty(batch, filters, *out_size, dtype=torch.int32, device=x.device)
-    lanes, plane = filters // groups, out_size[0] * out_size[1]
-    x_strides, w_strides, step = x.stride(), w.stride(), tuple(stride)
+    lanes, plane, step = filters // groups, out_size[0] * out_size[1], stride
     if tuple(kernel) == (1, 1) and not any(padding):  # pixels that a stride leaves out are not even packed
         x_strides = (*x_strides[:2], *(s * by for s, by in zip(x_strides[2:], step, strict=True)))
         size, step = out_size, (1, 1)
-    problem = Problem(
+    return Problem(
         x_shape=(batch, groups, depth, *size),
         x_strides=(x_strides[0], x_strides[1] * depth, *x_strides[1:]),
         w_shape=(groups, lanes, depth, *kernel),
@@ -201,10 +233,9 @@ def _convolution(
         out_size=out_size,
         out_strides=(filters * plane, lanes * plane, plane, 1),
         step=step,
-        pad=tuple(padding),
-        dil=tuple(dilation),
+        pad=padding,
+        dil=dilation,
         pad_code=pad_code,
-        offset=known.offset,
-        entry=_entry(known),
+        offset=offset,
+        entry=entry,
     )
-    return problem, y

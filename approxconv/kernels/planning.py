@@ -81,7 +81,7 @@ class Steps:
     scratch: tuple[tuple[str, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """An implicit grouped convolution ``out = bias + Σ table[w][x]``; a matrix product has images of one column.
 
