@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ._version import __version__
@@ -189,7 +190,7 @@ def _table(results: Sequence[Result], float_accuracy: float, device: torch.devic
         lost = row.accuracy_8bit - row.accuracy_approximate
         style = "red" if lost >= 5 else "yellow" if lost >= 1 else "green"
         table.add_row(
-            row.multiplier,
+            Text(row.multiplier),
             f"{row.error['MRE%']:.2f}",
             f"{row.error['MAE']:.0f}",
             f"{row.error['WCE']:.0f}",
@@ -219,7 +220,7 @@ def plot(results: Sequence[Result], float_accuracy: float, path: Path) -> None:
         low = min(row.accuracy_approximate, row.accuracy_retrained)
         axes.annotate(
             row.multiplier, (value, low), xytext=(0, -8), textcoords="offset points", fontsize=7, rotation=90,
-            ha="center", va="top",
+            ha="center", va="top", parse_math=False,
         )  # fmt: skip
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlim(left=-0.02)
@@ -265,13 +266,13 @@ def run(
         One a multiplier.
     """
     schedule, console = schedule or Schedule(), console or Console()
-    out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     torch.manual_seed(seed)
     data = Digits.load(seed, device)
+    out.mkdir(parents=True, exist_ok=True)
     float_model = small_cnn().to(device)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("epochs"),
@@ -305,5 +306,6 @@ def run(
     }
     (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(results, float_accuracy, out / "accuracy.png")
-    console.print(f"{out / 'results.json'} and {out / 'accuracy.png'} written, {report['seconds']:.0f} s in all")
+    written = f"{out / 'results.json'} and {out / 'accuracy.png'} written, {report['seconds']:.0f} s in all"
+    console.print(Text(written))
     return results

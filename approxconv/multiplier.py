@@ -120,12 +120,19 @@ def prepare(table: Tensor) -> PreparedTable:
         rows = torch.from_numpy(np.ascontiguousarray(np.tile(entries, repeats)))
     else:
         rows = (table - offset).to(torch.int16 if narrow else torch.int32).repeat(repeats)
-    return PreparedTable(low, high, offset, rows)
+    known = PreparedTable(low, high, offset, rows)
+    if table.device.type == "cuda":
+        # Whole before anyone sees it: another stream would not wait for it, a graph would make it its own.
+        _ = known.columns
+        torch.cuda.current_stream(table.device).synchronize()
+    return known
 
 
 def _as_table(table: Any) -> Tensor:
     """Turn any integer-valued 2-D array into a contiguous int32 CPU tensor, or say why it is none."""
     if isinstance(table, Tensor):
+        if table.layout != torch.strided or table.device.type == "meta":
+            raise ValueError(f"table must be dense and hold values, got layout {table.layout} on {table.device}")
         table = table.detach().cpu()
         if table.is_floating_point() and table.dtype != torch.float64:
             table = table.float()
@@ -253,14 +260,19 @@ class Multiplier:
         Raises
         ------
         ValueError
-            The result has another shape, or holds what `Multiplier` does not take.
+            `fn` is not callable, its result has another shape, or it holds what `Multiplier` does not take.
         """
+        if not callable(fn):
+            raise ValueError(f"fn must be callable, got {fn!r}")
         a_bits, w_bits = _check_bits(bits)
         a = operand_values(a_bits, _check_flag("a_signed", a_signed))
         w = operand_values(w_bits, _check_flag("w_signed", w_signed))
         a, w = (np.ascontiguousarray(v) for v in np.meshgrid(a, w, indexing="ij"))
         products = fn(a, w)
-        shape = tuple(np.shape(products))
+        try:
+            shape = tuple(np.shape(products))
+        except ValueError as error:
+            raise ValueError(f"fn must return a rectangular array of shape {a.shape}: {error}") from None
         if shape != a.shape:
             raise ValueError(f"fn must return an array of shape {a.shape}, got {shape}")
         return cls(products, a_signed=a_signed, w_signed=w_signed, name=name)
@@ -294,7 +306,8 @@ class Multiplier:
             device = torch.empty(0, device=device).device
         version, copy = self._copies.get(device, (None, None))
         if version != self.table._version:
-            copy = self.table.to(device)
+            with torch.inference_mode(False):  # else it would have no version, and be prepared anew on every call
+                copy = self.table.to(device)
             self._copies[device] = (self.table._version, copy)
         return copy
 

@@ -8,6 +8,7 @@ import torch
 
 from approxconv import Multiplier
 from approxconv.cli import main
+from approxconv.demo import Schedule, run
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,15 @@ def test_multiplier_from_a_file(tmp_path, capsys):
     assert "mine" in capsys.readouterr().out
 
 
+NO_DEVICES = ("nonsense", "", "meta", "mps", "xpu", "xpu:1", "cpu:1", "cuda:-1", "cuda:x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--multiplier", "drum99_8u"], "drum99_8u"),
         (["--multiplier", "missing.npz"], "missing.npz"),
-        (["--device", "nonsense"], "nonsense"),
+        *((["--device", name], f"--device must be cpu, cuda or cuda:N, got '{name}'") for name in NO_DEVICES),
         pytest.param(
             ["--device", "cuda"],
             "no CUDA device",
@@ -85,6 +89,46 @@ def test_mistakes_are_said_without_a_traceback(arguments, message, capsys, tmp_p
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda:2", "cuda:200"):
+        assert main(["demo", "--quick", "--out", str(tmp_path / "out"), "--device", name]) == 1
+        assert f"--device {name}: torch sees 2 CUDA devices" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999", "1.5", "", "x", "1" * 5000])
+def test_a_wrong_seed(seed, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--quick", "--out", str(tmp_path / "out"), "--seed", seed])
+    assert "argument --seed: must be an int from 0 to 4294967295" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def one_thread():
+    """For work this small, OpenMP threads only wait for each other, for minutes where the cores are taken."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # rich draws progress in a thread
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """Whatever they mean to rich or to matplotlib; so is the folder."""
+    names = ["a[/b]", "[red]c", "$_$", "e:x:"]
+    table = Multiplier.exact().table
+    multipliers = [Multiplier(table, a_signed=False, w_signed=True, name=name) for name in names]
+    out = tmp_path / "[" / "folder]"
+    run(multipliers, device=torch.device("cpu"), out=out, seed=2**32 - 1, schedule=Schedule(train=0, retrain=0))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert [row["multiplier"] for row in json.loads((out / "results.json").read_text())["results"]] == names
+    assert (out / "accuracy.png").exists()
 
 
 def test_wrong_usage_exits_with_2():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import venv
 import zipfile
 from pathlib import Path
@@ -58,14 +59,20 @@ def test_cuda_without_cupy_names_the_extra():
     assert "approxconv[cuda13]" in result.stderr
 
 
-def test_everything_works_where_no_folder_is_writable(tmp_path):
+@pytest.fixture
+def open_folder():
+    """Outside pytest's own, which it closes to other users whenever a session starts."""
+    with tempfile.TemporaryDirectory(prefix="approxconv-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_everything_works_where_no_folder_is_writable(open_folder):
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root and setpriv, to run as a user who may write nowhere")
-    package = tmp_path / "site"
+    package = open_folder / "site"
     shutil.copytree(ROOT / "approxconv", package / "approxconv", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    home = tmp_path / "home"
+    home = open_folder / "home"
     home.mkdir(mode=0o555)
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(

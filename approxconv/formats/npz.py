@@ -18,7 +18,7 @@ _KEYS = ("format_version", "table", "a_signed", "w_signed", "name", "hash")
 
 
 def save_npz(multiplier: Multiplier, path: str | Path) -> None:
-    """Write `multiplier` to `path`, which must end in ``.npz``.
+    """Write `multiplier` to `path`, which must end in ``.npz``, in upper or lower case.
 
     Raises
     ------
@@ -28,15 +28,16 @@ def save_npz(multiplier: Multiplier, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".npz":
         raise ValueError(f"path must end in .npz, got {path}")
-    np.savez_compressed(
-        path,
-        format_version=np.int64(FORMAT_VERSION),
-        table=multiplier.table.numpy(),
-        a_signed=np.uint8(multiplier.a_signed),
-        w_signed=np.uint8(multiplier.w_signed),
-        name=np.frombuffer(multiplier.name.encode(), np.uint8),
-        hash=np.frombuffer(bytes.fromhex(multiplier.content_hash), np.uint8),
-    )
+    arrays = {
+        "format_version": np.int64(FORMAT_VERSION),
+        "table": multiplier.table.numpy(),
+        "a_signed": np.uint8(multiplier.a_signed),
+        "w_signed": np.uint8(multiplier.w_signed),
+        "name": np.frombuffer(multiplier.name.encode(), np.uint8),
+        "hash": np.frombuffer(bytes.fromhex(multiplier.content_hash), np.uint8),
+    }
+    with path.open("wb") as file:  # a path NumPy would append .npz to, were it .NPZ
+        np.savez_compressed(file, **arrays)
 
 
 def _read_members(path: Path) -> dict[str, np.ndarray]:

@@ -54,22 +54,8 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
     def from_float(
         cls, layer: nn.Conv2d, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
     ) -> ApproxConv2d:
-        """Take over the parameters of a stock `torch.nn.Conv2d` (the same tensors, not copies)."""
-        new = cls.__new__(cls)
-        nn.Conv2d.__init__(
-            new,
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-            layer.padding_mode,
-            device="meta",
-        )
-        return new._adopt(layer, multiplier, mode, engine)
+        """Take over a stock `torch.nn.Conv2d`: the same parameters, not copies, and its hooks."""
+        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine)
 
     def _pads(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)) of zeros."""

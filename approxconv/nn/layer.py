@@ -50,11 +50,11 @@ def eagerly(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @wraps(method)
-    def run(*args: Any) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
         disabled = getattr(method, "_disabled", None)
         if disabled is None:
             disabled = method._disabled = torch.compiler.disable(method)
-        return disabled(*args)
+        return disabled(*args, **kwargs)
 
     return run
 
@@ -102,10 +102,19 @@ class ApproxLayer(nn.Module):
         self.register_forward_pre_hook(_no_op)
 
     def _adopt(self, layer: nn.Module, multiplier: Multiplier | str, mode: str, engine: str) -> ApproxLayer:
-        """Become `layer`, on its device, with its parameters and training flag."""
-        self.weight, self.bias = layer.weight, layer.bias
+        """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
+        state = layer.__getstate__()  # without its compiled call
+        # The dicts of hooks move, so that their handles still remove them, and `layer` keeps copies.
+        for name, value in vars(nn.Module()).items():
+            if isinstance(value, (dict, set)):
+                layer.__dict__[name] = state[name].copy()
+        self.__dict__.update(state)
+        for key, hook in self._load_state_dict_pre_hooks.items():
+            if hook.with_module:  # a weak reference to it, which would die with `layer`
+                self._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, self)
         self._init_approx(multiplier, mode, engine)
-        return self.train(layer.training)
+        self.activation_observer.train(self.training)
+        return self
 
     @property
     def mode(self) -> str:
@@ -262,7 +271,7 @@ class ApproxLayer(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_quantized": None}
+        return {**super().__getstate__(), "_quantized": None}
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.quantized_weight()  # the scales that are saved are those of the weights that are saved

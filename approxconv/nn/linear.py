@@ -52,16 +52,8 @@ class ApproxLinear(ApproxLayer, nn.Linear):
     def from_float(
         cls, layer: nn.Linear, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
     ) -> ApproxLinear:
-        """Take over the parameters of a stock `torch.nn.Linear` (the same tensors, not copies)."""
-        new = cls.__new__(cls)
-        nn.Linear.__init__(
-            new,
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            device="meta",
-        )
-        return new._adopt(layer, multiplier, mode, engine)
+        """Take over a stock `torch.nn.Linear`: the same parameters, not copies, and its hooks."""
+        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine)
 
     def _integer_forward(self, input: Tensor) -> Tensor:
         if input.ndim < 1 or input.shape[-1] != self.in_features:

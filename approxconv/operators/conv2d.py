@@ -7,8 +7,9 @@ to the operand's range here) or uint8/int8 tensors. What the values mean as code
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -55,9 +56,11 @@ class Conv2dArgs:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-            pair(name, getattr(self, name), least)
-        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+        for name in ("in_channels", "out_channels"):
+            _count(name, getattr(self, name))
+        pair("kernel_size", self.kernel_size, 1)
+        self.backward_args()
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"groups must divide in_channels and out_channels, got groups={self.groups}, "
                 f"in_channels={self.in_channels}, out_channels={self.out_channels}"
@@ -65,24 +68,28 @@ class Conv2dArgs:
 
     def backward_args(self) -> dict[str, Any]:
         """The keyword arguments of `torch.nn.functional.conv2d`: stride, padding, dilation (pairs) and groups."""
-        return {
-            "stride": pair("stride", self.stride, 1),
-            "padding": pair("padding", self.padding, 0),
-            "dilation": pair("dilation", self.dilation, 1),
-            "groups": self.groups,
-        }
+        return _conf({key: getattr(self, key) for key in _CONF_KEYS})
+
+
+def _count(name: str, value: int) -> int:
+    """Return `value` if it is an int of at least 1, else raise a ValueError that names it."""
+    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return value
 
 
 def _conf(kwargs: Mapping[str, Any], groups: int = 1) -> dict[str, Any]:
-    """Fill in the defaults of `conf`/`kwargs` and check its keys."""
+    """Fill in the defaults of `conf`/`kwargs` and check its keys and values."""
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs must be a mapping of {', '.join(_CONF_KEYS)}, got {kwargs!r}")
     unknown = set(kwargs) - set(_CONF_KEYS)
     if unknown:
-        raise ValueError(f"expected only {', '.join(_CONF_KEYS)}, got {', '.join(sorted(map(repr, unknown)))}")
+        raise ValueError(f"kwargs must hold only {', '.join(_CONF_KEYS)}, got {', '.join(sorted(map(repr, unknown)))}")
     return {
         "stride": pair("stride", kwargs.get("stride", 1), 1),
         "padding": pair("padding", kwargs.get("padding", 0), 0),
         "dilation": pair("dilation", kwargs.get("dilation", 1), 1),
-        "groups": kwargs.get("groups", groups),
+        "groups": _count("groups", kwargs["groups"]) if "groups" in kwargs else groups,
     }
 
 
@@ -218,8 +225,10 @@ class ApproxConv2dOp(torch.autograd.Function):
         Raises
         ------
         ValueError
-            x, w or out_dims contradict conv_args, or lut is none of the three.
+            x, w or out_dims contradict conv_args, conv_args is no `Conv2dArgs`, or lut is none of the three.
         """
+        if not isinstance(conv_args, Conv2dArgs):
+            raise ValueError(f"conv_args must be a Conv2dArgs, got {type(conv_args).__name__}")
         conf = conv_args.backward_args()
         kernel = pair("kernel_size", conv_args.kernel_size, 1)
         expected = (conv_args.out_channels, conv_args.in_channels // conv_args.groups, *kernel)
@@ -228,8 +237,8 @@ class ApproxConv2dOp(torch.autograd.Function):
         if x.ndim != 4 or x.shape[1] != conv_args.in_channels:
             raise ValueError(f"x must have shape (B, {conv_args.in_channels}, H, W), got {tuple(x.shape)}")
         size = conv_output_size(x.shape[2:], kernel, conf["stride"], conf["padding"], conf["dilation"])
-        if tuple(out_dims) != size:
-            raise ValueError(f"out_dims must be {size} for this x and conv_args, got {tuple(out_dims)}")
+        if not isinstance(out_dims, Iterable) or tuple(out_dims) != size:
+            raise ValueError(f"out_dims must be {size} for this x and conv_args, got {out_dims!r}")
         x_codes, w_codes, table = operands(x, w, lut)
         y = torch.ops.approxconv.lut_conv2d(
             x_codes, w_codes, table, conf["stride"], conf["padding"], conf["dilation"], conf["groups"], 0

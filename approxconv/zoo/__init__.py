@@ -36,7 +36,7 @@ def get_multiplier(name: str) -> Multiplier:
     Parameters
     ----------
     name : str
-        One of `list_multipliers`, or such a name for signed activations and unsigned weights: ``drum6_8s_8u``.
+        One of `list_multipliers`.
 
     Returns
     -------
@@ -66,12 +66,12 @@ def get_multiplier(name: str) -> Multiplier:
 
 
 def list_multipliers(pattern: str | None = None) -> list[str]:
-    """Names that `get_multiplier` takes, in natural order (``drum9`` before ``drum10``).
+    """The names that `get_multiplier` takes, in natural order (``drum9`` before ``drum10``).
 
     Parameters
     ----------
     pattern : str, optional
-        Shell-style filter, case-sensitive: ``"drum*_8u"``.
+        Shell-style filter, case-sensitive: ``"drum?_8u"``.
 
     Raises
     ------

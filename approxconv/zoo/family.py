@@ -15,7 +15,7 @@ from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
 
 _NUMBER = "0|[1-9][0-9]{0,2}"
 _FORMATS = f"_(?P<a_bits>{_NUMBER})(?P<a_sign>[us])(?:_(?P<w_bits>{_NUMBER})(?P<w_sign>[us]))?"
-_LISTED_FORMATS = ((False, False), (True, True), (False, True))
+_SIGNEDNESS = ((False, False), (True, True), (False, True), (True, False))
 
 
 def leading_one(x: np.ndarray) -> np.ndarray:
@@ -119,12 +119,12 @@ class Family:
             raise ValueError(f"no multiplier {name!r}: {error}") from None
 
     def names(self) -> Iterator[str]:
-        """The names to list: all but those of signed activations with unsigned weights, which few networks use."""
+        """Every name `from_name` takes."""
         for bits in self.widths:
             ranges = self.ranges(bits)
             for values in product(*ranges.values()):
                 parameters = dict(zip(ranges, values, strict=True))
-                for a_signed, w_signed in _LISTED_FORMATS:
+                for a_signed, w_signed in _SIGNEDNESS:
                     yield self._name(bits, a_signed, w_signed, parameters)
 
     def _name(self, bits: int, a_signed: bool, w_signed: bool, parameters: Mapping[str, int]) -> str:

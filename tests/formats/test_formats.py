@@ -94,6 +94,19 @@ def test_save_wants_its_suffix(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["m.NPZ", "m.Npz"])
+def test_the_suffix_may_be_of_any_case(tmp_path, name):
+    odd_multiplier().save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert load_multiplier(tmp_path / name) == odd_multiplier()
+
+
+def test_a_name_that_no_file_holds_leaves_none(tmp_path):
+    with pytest.raises(ValueError, match="surrogates"):
+        odd_multiplier(name="\ud800").save(tmp_path / "m.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_says_its_formats_may_be_confirmed_but_not_contradicted(saved):
     assert load_multiplier(saved, a_signed=False, w_signed=True) == odd_multiplier()
     for flags in ({"a_signed": True}, {"w_signed": False}):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import approxconv
 from approxconv import Multiplier
@@ -238,6 +239,131 @@ def test_tied_weights_calibrate_and_train(exact):
     assert model[0].weight.grad is model[2].weight.grad is not None
 
 
+HOOKS = {
+    "register_forward_pre_hook": {},
+    "register_forward_hook": {"always_call": True},
+    "register_full_backward_pre_hook": {},
+    "register_full_backward_hook": {},
+    "register_state_dict_pre_hook": {},
+    "register_load_state_dict_pre_hook": {},
+    "register_load_state_dict_post_hook": {},
+}
+
+
+def run_every_hook(layer, x):
+    layer(x.requires_grad_()).sum().backward()
+    layer.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("stock", [nn.Conv2d(3, 2, 1), nn.Linear(3, 2)], ids=["conv", "fc"])
+def test_hooks_stay(stock, inplace, exact):
+    model, seen = nn.Sequential(copy.deepcopy(stock)), []
+    handles = [
+        getattr(model[0], hook)(lambda module, *_, hook=hook: seen.append((hook, module)), **options)
+        for hook, options in HOOKS.items()
+    ]
+    x = torch.rand(2, 3, 4, 4) if isinstance(stock, nn.Conv2d) else torch.rand(2, 3)
+    converted = approxconv.calibrate(approxconv.approximate(model, exact, inplace=inplace), [x])
+    seen.clear()
+    run_every_hook(converted[0], x)
+    assert [hook for hook, _ in seen] == list(HOOKS)
+    assert all(module is converted[0] for _, module in seen)
+    assert len(converted[0]._forward_pre_hooks) == 2  # and the layer's own
+    if inplace:  # the handles are still those of the hooks
+        for handle in handles:
+            handle.remove()
+        run_every_hook(converted[0], x)
+        assert len(seen) == len(HOOKS)
+
+
+def test_layers_made_of_one_stock_layer_share_no_hooks(exact):
+    stock = nn.Linear(3, 2)
+    first, second = (ApproxLinear.from_float(stock, exact, mode="float") for _ in range(2))
+    seen = []
+    first.register_forward_hook(lambda module, *_: seen.append(module))
+    for layer in (second, stock, first):
+        layer(torch.rand(1, 3))
+    assert seen == [first]
+    assert not stock._forward_pre_hooks
+
+
+def test_conversion_draws_no_random_numbers(net, exact):
+    state = torch.get_rng_state()
+    approxconv.nn.convert._own_names.cache_clear()
+    approxconv.approximate(net, exact)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_was_put_on_a_layer_stays(inplace, exact):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].note = {"from": "the user"}
+    model[0].gain = nn.Parameter(torch.ones(2))
+    model[0].register_buffer("count", torch.tensor(7), persistent=False)
+    model[0].inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    model[0].direct = nn.Linear(2, 2)
+    model[0].compile(backend="eager")
+    state = set(model.state_dict())
+    converted = approxconv.approximate(model, exact, inplace=inplace)
+    assert names_converted(converted) == ["0", "0.inner.0", "0.direct", "1"]
+    layer = converted[0]
+    assert layer.note == {"from": "the user"}
+    assert layer.count == 7
+    assert state <= set(converted.state_dict())
+    assert "0.count" not in converted.state_dict()
+    assert "0.gain" in dict(converted.named_parameters())
+    assert layer.training
+    assert not layer.inner.training
+    assert not any(module.training for module in layer.inner)
+    with pytest.raises(RuntimeError, match="calibrate"):  # not the compiled stock layer
+        layer(torch.rand(1, 3))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["forward", "mode", "multiplier", "table", "_lookup"])
+def test_an_attribute_in_the_way_is_named(net, name, inplace, exact):
+    setattr(net.head, name, net.head.forward)
+    before = fingerprint(net)
+    with pytest.raises(ValueError, match=f"'head'.*{name}"):
+        approxconv.approximate(net, exact, inplace=inplace)
+    assert fingerprint(net) == before
+    assert not net.stem.conv._forward_pre_hooks
+    assert names_converted(approxconv.approximate(net, exact, skip="head", inplace=inplace)) == LAYERS[:-1]
+
+
+def parametrized_gain(layer):
+    layer.gain = nn.Parameter(torch.ones(2))
+    parametrize.register_parametrization(layer, "gain", nn.Softplus())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("derive", "remedy"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove\(layer, 'weight'\)"),
+        (lambda layer: prune.random_unstructured(layer, "bias", 0.5), r"prune\.remove\(layer, 'bias'\)"),
+        (nn.utils.spectral_norm, r"utils\.remove_spectral_norm\(layer\)"),
+        (nn.utils.weight_norm, r"utils\.remove_weight_norm\(layer\)"),
+        (parametrizations.weight_norm, r"remove_parametrizations\(layer, 'weight'\)"),
+        (parametrizations.orthogonal, r"remove_parametrizations\(layer, 'weight'\)"),
+        (parametrized_gain, r"remove_parametrizations\(layer, 'gain'\)"),
+        (lambda layer: layer.__delattr__("weight"), "parameter"),
+    ],
+    ids=["pruned", "bias", "spectral_norm", "weight_norm", "parametrized", "orthogonal", "gain", "deleted"],
+)
+def test_a_derived_weight_is_named_with_its_remedy(net, derive, remedy, inplace, exact):
+    derive(net.blocks[1].pointwise)
+    before = fingerprint(net)
+    with pytest.raises(ValueError, match=f"'blocks.1.pointwise'.*{remedy}"):
+        approxconv.approximate(net, exact, inplace=inplace)
+    assert fingerprint(net) == before
+    assert not net.stem.conv._forward_pre_hooks
+    model = approxconv.approximate(net, exact, skip="blocks.1.pointwise", inplace=True)
+    assert names_converted(model) == [name for name in LAYERS if name != "blocks.1.pointwise"]
+
+
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
@@ -290,7 +416,12 @@ def test_skip_wins_over_per_layer(net, exact, hostile):
         ({"skip": ["head", "stem"]}, "stem"),
         ({"per_layer": {"blocks": "exact"}}, "blocks|exact"),
         ({"per_layer": {"heads.*": Multiplier.exact()}}, "heads"),
-        ({"per_layer": {"head": "no_such_circuit"}}, "no_such_circuit"),
+        ({"per_layer": {"head": "no_such_circuit"}}, r"per_layer\['head'\].*no_such_circuit"),
+        ({"per_layer": {"head": 3}}, r"per_layer\['head'\].*got int"),
+        ({"per_layer": {3: "exact_8u"}}, "per_layer.*got 3"),
+        ({"per_layer": ["exact_8u"]}, r"per_layer.*got \['exact_8u'\]"),
+        ({"skip": (3,)}, "skip.*got 3"),
+        ({"skip": None}, "skip.*got None"),
         ({"first_last": "exact"}, "first_last.*exact"),
         ({"mode": "quantised"}, "quantised"),
         ({"engine": "abacus"}, "abacus"),
@@ -313,6 +444,16 @@ def test_nothing_to_convert(exact):
     for model in (nn.ReLU(), nn.Sequential(), nn.Sequential(nn.BatchNorm1d(3))):
         with pytest.raises(ValueError, match="Conv2d or Linear"):
             approxconv.approximate(model, exact)
+
+
+def test_a_model_that_is_none(exact):
+    for call in (
+        lambda: approxconv.approximate("net", exact),
+        lambda: approxconv.set_mode("net", "float"),
+        lambda: approxconv.calibrate("net", []),
+    ):
+        with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got str"):
+            call()
 
 
 def test_first_and_last_layer(net, images, hostile):
@@ -407,11 +548,15 @@ LABEL = torch.tensor([90.0, -70.0])
         [{"scale": torch.ones(3), "pixels": BATCH}],
         [{"image": BATCH, "label": LABEL}],
         [{"id": 7, "image": BATCH, "label": LABEL}],
-        [OrderedDict(image=BATCH, pixels=BATCH * 50)],
+        [OrderedDict(image=BATCH * 50, pixels=BATCH)],
         [BATCH, (BATCH[:1], LABEL), {"pixels": BATCH[1:]}],
         [BATCH, BATCH[:0]],
+        [((BATCH, LABEL), LABEL)],
+        [[["name", [], [BATCH, LABEL]], LABEL]],
+        [({"image": BATCH}, LABEL)],
+        [{"ids": ["a", "b"], "image": (BATCH, LABEL)}],
     ],
-    ids=range(15),
+    ids=range(19),
 )
 @pytest.mark.parametrize("lazy", [False, True])
 def test_kinds_of_batches(batches, lazy, exact):
@@ -424,11 +569,40 @@ def test_kinds_of_batches(batches, lazy, exact):
     assert len(model.seen) == len(batches)
 
 
-def test_keywords_are_all_passed(exact):
-    model = approxconv.approximate(Keywords(), exact)
+class AnyKeyword(Keywords):
+    def forward(self, pixels, **others):
+        return super().forward(pixels, **others)
+
+
+@pytest.mark.parametrize("stock", [Keywords, AnyKeyword])
+def test_keywords_are_all_passed(stock, exact):
+    model = approxconv.approximate(stock(), exact)
     approxconv.calibrate(model, [{"pixels": BATCH, "scale": torch.tensor(2.0)}])
     assert model.seen[0][1].item() == 2
     torch.testing.assert_close(model.fc.activation_scale.item(), 2 * (HIGH - LOW) / 255, rtol=1e-6, atol=0)
+
+
+def test_keywords_that_forward_does_not_take_are_left_out(exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    approxconv.calibrate(model, [{"label": LABEL, "input": BATCH}])
+    torch.testing.assert_close(model[0].activation_scale.item(), (HIGH - LOW) / 255, rtol=1e-6, atol=0)
+
+
+class PositionalOnly(Keywords):
+    def forward(self, pixels, /, **others):
+        return self.fc(pixels + others.get("shift", 0))
+
+
+class AnyPositional(Keywords):
+    def forward(self, *inputs):
+        return self.fc(inputs[0])
+
+
+@pytest.mark.parametrize("stock", [PositionalOnly, AnyPositional])
+def test_forward_that_takes_nothing_by_keyword(stock, exact):
+    model = approxconv.approximate(stock(), exact)
+    approxconv.calibrate(model, [{"pixels": BATCH, "shift": 50.0}])
+    torch.testing.assert_close(model.fc.activation_scale.item(), (HIGH - LOW) / 255, rtol=1e-6, atol=0)
 
 
 def test_a_data_loader(exact):
@@ -446,7 +620,15 @@ def test_no_batches(net, batches, exact):
     assert not any(layer.calibrated for layer in approx_layers(model).values())
 
 
-@pytest.mark.parametrize("batch", ["text", 3, None, [], {}, ("a", 1), {"a": "b"}], ids=str)
+@pytest.mark.parametrize("batches", [None, 3], ids=str)
+def test_batches_that_are_no_iterable(batches, exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
+    with pytest.raises(ValueError, match=f"batches must be an iterable.* got {type(batches).__name__}"):
+        approxconv.calibrate(model, batches)
+    assert model[0].mode == "approximate"
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [], {}, ("a", 1), {"a": "b"}, [[("a", ())], {}]], ids=str)
 def test_a_batch_without_a_tensor(batch, exact):
     model = approxconv.approximate(nn.Sequential(nn.Linear(3, 2)), exact)
     with pytest.raises(ValueError, match="batches"):

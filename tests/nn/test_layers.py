@@ -939,6 +939,18 @@ def test_a_mistyped_mode_or_engine_is_refused_when_set(attribute, value, hostile
     assert getattr(layer, attribute) == before
 
 
+def test_forward_by_keyword_and_copies_of_a_compiled_layer(hostile):
+    layer, x = convert(nn.Linear(5, 4), hostile(), torch.randn(3, 5)), torch.randn(3, 5)
+    assert torch.equal(layer(input=x), layer(x))
+    layer.compile(backend="aot_eager")
+    before = layer(x)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.mul_(-0.5)
+    assert not torch.equal(other(x), before)
+    assert torch.equal(layer(x), before)
+
+
 def test_a_compiled_model_follows_its_weights(hostile):
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5))

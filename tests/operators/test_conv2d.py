@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from approxconv import Multiplier
@@ -139,12 +140,20 @@ def test_arguments_take_ints_or_pairs():
         *(({k: v}, k) for k in ("kernel_size", "stride", "dilation") for v in (0, -1, (0, 1), (1, 0), (1, 1, 1), ())),
         *(({"padding": v}, "padding") for v in (-1, (0, -1), (-1, 0), (0, 0, 0), "some")),
         *(({k: v}, k) for k in ("kernel_size", "stride", "padding", "dilation") for v in (1.5, (1, 1.5), None)),
-        *(({"groups": v}, "groups") for v in (0, -1, 3, 4, 8)),
+        *(({"groups": v}, "groups") for v in (0, -1, 3, 4, 8, 2.0, "2", None, True, (2,))),
+        *(({k: v}, k) for k in ("in_channels", "out_channels") for v in (0, -2, 4.0, "4", None, True, (4,))),
     ],
 )
 def test_arguments_that_no_convolution_has(wrong, named):
     with pytest.raises(ValueError, match=named):
         Conv2dArgs(**{"in_channels": 8, "out_channels": 6, "kernel_size": 3, **wrong})
+
+
+def test_arguments_changed_later_are_checked_when_used():
+    arguments = Conv2dArgs(4, 6, 3)
+    arguments.groups = 2.0
+    with pytest.raises(ValueError, match=r"groups must be an int of at least 1, got 2\.0"):
+        arguments.backward_args()
 
 
 # Forward
@@ -306,7 +315,8 @@ def test_out_dims_are_checked(name, hostile):
     expected = ApproxConv2dOp.apply(x, w, arguments, (height, width), hostile())
     for same in ([height, width], torch.Size([height, width]), x.new_empty(height, width).shape):
         assert torch.equal(ApproxConv2dOp.apply(x, w, arguments, same, hostile()), expected)
-    for wrong in ((width, height), (height + 1, width), (height, width - 1), (height,), (1, height, width), ()):
+    shapes = (width, height), (height + 1, width), (height, width - 1), (height,), (1, height, width), ()
+    for wrong in (*shapes, None, height, "43"):
         with pytest.raises(ValueError, match="out_dims"):
             ApproxConv2dOp.apply(x, w, arguments, wrong, hostile())
 
@@ -336,6 +346,13 @@ def test_operands_that_contradict_the_arguments(x_shape, w_shape, named, hostile
             call()
 
 
+def test_what_is_no_conv2d_args(hostile):
+    x, w = make("pointwise")
+    for wrong in ({}, None, {"in_channels": 7, "out_channels": 5, "kernel_size": 1}):
+        with pytest.raises(ValueError, match=f"conv_args must be a Conv2dArgs, got {type(wrong).__name__}"):
+            ApproxConv2dOp.apply(x, w, wrong, (3, 2), hostile())
+
+
 @pytest.mark.parametrize(
     ("x_shape", "w_shape", "kwargs", "named"),
     [
@@ -346,6 +363,10 @@ def test_operands_that_contradict_the_arguments(x_shape, w_shape, named, hostile
         ((2, 3, 5, 4), (6, 1, 6, 2), {}, "kernel"),
         ((2, 4, 5, 4), (4, 1, 3, 2), {"groups": 1}, "groups"),
         ((2, 4, 5, 4), (4, 1, 3, 2), {"groups": 2}, "groups"),
+        ((2, 4, 5, 4), (4, 1, 3, 2), {"groups": 4.0}, "groups"),
+        ((2, 4, 5, 4), (4, 1, 3, 2), {"groups": "4"}, "groups"),
+        ((2, 4, 5, 4), (4, 1, 3, 2), None, "kwargs"),
+        ((2, 4, 5, 4), (4, 1, 3, 2), [("stride", 1)], "kwargs"),
         ((2, 4, 5, 4), (4, 1, 3, 2), {"stride": (0, 1)}, "stride"),
         ((2, 4, 5, 4), (4, 1, 3, 2), {"padding": -1}, "padding"),
         ((2, 4, 5, 4), (4, 1, 3, 2), {"strides": 2}, "strides"),
@@ -617,6 +638,16 @@ def test_compiles_forward_and_backward(kind, name, lut, hostile, compiled):
         return y, *torch.autograd.grad(y.square().sum(), (x, w))
 
     for got, expected in zip(results(compiled(run)), results(run), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_depthwise_traces_with_symbolic_sizes(hostile):
+    def gradients(x, w, table):
+        return torch.autograd.grad(ApproxDWConv2dOp.apply(x, w, table, {"padding": 1}).sum(), (x, w))
+
+    x, w = (t.requires_grad_() for t in make("depthwise_twice"))
+    traced = make_fx(gradients, tracing_mode="symbolic")(x, w, hostile().table)
+    for got, expected in zip(traced(x, w, hostile().table), gradients(x, w, hostile().table), strict=True):
         assert torch.equal(got, expected)
 
 
