@@ -409,7 +409,7 @@ class KernelInfo(KernelResources):
             f"{self.kernel} ({self.source}.cu, {self.arch}): {self.registers} registers, "
             f"{self.shared_bytes} B static shared, {self.stack_bytes} B stack, "
             f"{spilled if self.spill_stores or self.spill_loads else 'no spills'}, "
-            f"at most {self.block_threads} threads a block"
+            f"at most {self.block_threads} threads a block ({self.occupancy(self.block_threads):.0%} occupancy)"
         )
 
 

@@ -520,7 +520,7 @@ def test_info(folder):
     assert one.occupancy(64) == 1.0  # 32 blocks of 2 warps
     assert str(one) == (
         f"copy (copy.cu, sm_80): {one.registers} registers, 256 B static shared, 0 B stack, no spills, "
-        "at most 64 threads a block"
+        "at most 64 threads a block (100% occupancy)"
     )
     with pytest.raises(ValueError, match=r"no kernel 'paste' in .*copy\.cu; there are: copy, fill"):
         info("copy", "paste")
