@@ -100,7 +100,8 @@ def edited(folder, file, old, new, count=1):
     path.write_text(text.replace(old, new, count))
 
 
-END_OF_STAGE = """codes[i] = *reinterpret_cast<const uint2*>(x_at + row_at[i]);
+END_OF_STAGE = """codes[i] = *reinterpret_cast<const uint2*>(x + (x_at + row_at[i]));
+        }
         __syncthreads();
 """
 
