@@ -45,7 +45,6 @@ struct Slot<int> {
     typedef int4 type;
 };
 
-
 // Add a slot's products to the sums of the output rows, STEP input rows apart, that its code at input row j takes part in.
 template <int STEP, typename Products>
 __device__ void scatter(int (&sums)[STRIP], int j, Products p) {
