@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -86,9 +87,9 @@ class Case:
     def macs(self) -> int:
         """Products that are added."""
         if self.op == "lut_gemm":
-            return self.x_shape[:-1].numel() * self.w_shape[0] * self.x_shape[-1]
+            return math.prod(self.x_shape) * self.w_shape[-2]
         out_h, out_w = conv_output_size(self.x_shape[2:], self.w_shape[2:], *self.geometry[:3])
-        return self.x_shape[0] * out_h * out_w * torch.Size(self.w_shape).numel()
+        return self.x_shape[0] * out_h * out_w * math.prod(self.w_shape)
 
     def __str__(self) -> str:
         geometry = ""
@@ -319,6 +320,7 @@ class BenchmarkReport:
         return "\n".join([f"{self.name} on {self.device}", *map(str, self.timings)])
 
 
+_HEAD_START = 3_000_000  # clocks that the host has to enqueue a call before the device could begin it
 # Sizes that take a GPU about a millisecond, and g++'s threads about a second.
 _TIMED = {
     "cuda": (
@@ -335,24 +337,22 @@ _TIMED = {
 }
 
 
-def _seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median over `repeats` calls after one to warm up."""
+def device_seconds(call: Callable[[], object]) -> float:
+    """Seconds that the current CUDA device works on one `call`, not those that the host takes to enqueue it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
+    start.record()
     call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(3_000_000)  # clocks that the host has to enqueue the call
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one `call`."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> BenchmarkReport:
@@ -375,17 +375,18 @@ def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> Benc
         It has kernels of no operator.
     """
     engine_name, base, device = _base_engine(engine)
-    own = base.with_kernel(name)
+    own, once = base.with_kernel(name), device_seconds if device.type == "cuda" else host_seconds
     generator = torch.Generator().manual_seed(0)
     timings = []
     for case in _TIMED[engine_name]:
         if case.op not in operators_of(name):
             continue
         operands = [tensor.to(device) for tensor in case.operands(generator)]
-        seconds = _seconds(lambda: case.run(own, *operands), device, repeats)  # noqa: B023
-        packaged = None
-        if name != case.op:
-            packaged = _seconds(lambda: case.run(base, *operands), device, repeats)  # noqa: B023
-        timings.append(Timing(case, seconds, packaged))
+        medians = []
+        for engine_or_packaged in (own,) if name == case.op else (own, base):
+            case.run(engine_or_packaged, *operands)  # compiles and warms up
+            times = [once(lambda: case.run(engine_or_packaged, *operands)) for _ in range(repeats)]  # noqa: B023
+            medians.append(statistics.median(times))
+        timings.append(Timing(case, medians[0], medians[1] if len(medians) > 1 else None))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the host, through g++"
     return BenchmarkReport(name, where, tuple(timings))

@@ -7,7 +7,7 @@ import torch
 
 import approxconv
 from approxconv import EngineError
-from approxconv.kernels import copy_sources, use_source
+from approxconv.kernels import benchmark, copy_sources, use_source
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
 
@@ -98,6 +98,17 @@ def test_own_kernel_is_chosen_by_op_layer_or_globally(own_kernel):
     doubled = layer(real)
     layer.engine = "reference"
     assert torch.allclose(doubled, 2 * layer(real))
+
+
+def test_own_kernel_is_timed_beside_the_packaged_one(own_kernel):
+    report = benchmark("doubled", engine="host_cuda", repeats=1)
+    (timing,) = report.timings  # of the one operator that it has kernels of
+    assert timing.case.op == "lut_gemm"
+    assert timing.case.macs == timing.case.x_shape[0] * timing.case.w_shape[0] * timing.case.x_shape[1]
+    assert min(timing.seconds, timing.packaged) > 0
+    assert "GMAC/s" in str(report)
+    assert "times the packaged kernel" in str(report)
+    assert all(timing.packaged is None for timing in benchmark("lut_dwconv2d", engine="host_cuda", repeats=1).timings)
 
 
 def test_kernels_that_are_none(tmp_path):
