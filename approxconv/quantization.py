@@ -63,7 +63,7 @@ class OperandFormat:
         makes NaN the lowest one.
         """
         shifted = (real.detach() * scale.reciprocal()).round_().add_(zero_point)
-        low = torch.tensor(float(self.low), dtype=shifted.dtype)  # on the CPU: a scalar goes with any device
+        low = torch.tensor(float(self.low), dtype=shifted.dtype, device="cpu")  # a scalar goes with any device
         return torch.fmax(shifted, low, out=shifted).clamp_(max=self.high).to(self.dtype)
 
 

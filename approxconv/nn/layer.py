@@ -274,7 +274,8 @@ class ApproxLayer(nn.Module):
         return {**super().__getstate__(), "_quantized": None}
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self.quantized_weight()  # the scales that are saved are those of the weights that are saved
+        if not self.weight.is_meta:
+            self.quantized_weight()  # the scales that are saved are those of the weights that are saved
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -286,7 +287,8 @@ class ApproxLayer(nn.Module):
                 f"{prefix}table: saved with (activation, weight) signed = {signed.tolist()}, this layer has {own}"
             )
             return
-        if table is not None and table.shape == self.table.shape and not torch.equal(table, self.table.to(table)):
+        loads = table is not None and table.shape == self.table.shape
+        if loads and (self.table.is_meta or not torch.equal(table, self.table.to(table))):
             self.multiplier_name = ""
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._quantized = None

@@ -900,6 +900,17 @@ def test_saved_scales_are_those_of_the_saved_weights(name, hostile):
     assert torch.equal(saved["weight_zero_point"], layer.weight_zero_point)
 
 
+@some_layers
+def test_a_model_without_values_has_a_state_dict_and_takes_one(name, hostile):
+    stock, batch, x = make(name)
+    multiplier = hostile(8, False, False)
+    layer = convert(stock, multiplier, batch)
+    empty = approxconv.approximate(copy.deepcopy(stock).to("meta"), multiplier)
+    assert empty.state_dict().keys() == layer.state_dict().keys()
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(x), layer(x))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_output_may_be_changed_in_place(kind, bias, hostile):
