@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._versioned import once_per_version
+from .figures import error_figures, power_in_milliwatts
 
 MIN_BITS, MAX_BITS = 2, 8
 _INT16_SPAN = 2**16 - 1
@@ -179,6 +181,39 @@ def _check_bits(bits: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
+def _as_info(info: Any) -> dict[str, Any]:
+    """A copy of `info` that JSON can hold, or say why there is none."""
+    if info is None:
+        return {}
+    if not isinstance(info, Mapping) or not all(isinstance(key, str) for key in info):
+        raise ValueError(f"info must be a mapping with str keys, got {info!r:.200}")
+    try:
+        return json.loads(json.dumps(dict(info), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"info must hold what JSON can: {error}") from None
+
+
+def _as_gradients(gradients: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """A pair of finite float32 tables of `shape` on the CPU, copied, or say why it is none."""
+    if gradients is None:
+        return None
+    if not isinstance(gradients, (tuple, list)) or len(gradients) != 2:
+        raise ValueError(f"gradients must be a pair of tables, got {type(gradients).__name__}")
+    with torch.inference_mode(False):
+        try:
+            pair = tuple(
+                torch.as_tensor(g).detach().to("cpu", torch.float32, copy=True).contiguous() for g in gradients
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"gradients must hold numbers: {error}") from None
+    for table in pair:
+        if table.shape != shape or not bool(torch.isfinite(table).all()):
+            raise ValueError(
+                f"gradients must be finite and of the table's shape {tuple(shape)}, got {tuple(table.shape)}"
+            )
+    return pair
+
+
 class Multiplier:
     """An approximate multiplier, given by its truth table.
 
@@ -194,6 +229,12 @@ class Multiplier:
         Whether activation and weight codes are read as two's complement.
     name : str
         For reports; takes no part in equality.
+    info : mapping, optional
+        What is known of the circuit, such as its authors' figures or its power, by name; anything JSON can hold. Takes
+        no part in equality.
+    gradients : pair of array_like, optional
+        Tables of the derivatives of the product by the activation's and by the weight's value, of the table's shape and
+        order; kept as float32. Take no part in equality.
 
     Raises
     ------
@@ -207,12 +248,23 @@ class Multiplier:
     1
     """
 
-    def __init__(self, table: Any, *, a_signed: bool, w_signed: bool, name: str = "") -> None:
+    def __init__(
+        self,
+        table: Any,
+        *,
+        a_signed: bool,
+        w_signed: bool,
+        name: str = "",
+        info: Mapping[str, Any] | None = None,
+        gradients: tuple[Any, Any] | None = None,
+    ) -> None:
         self.a_signed = _check_flag("a_signed", a_signed)
         self.w_signed = _check_flag("w_signed", w_signed)
         self.name = str(name)
         self.table = _as_table(table)
         self.a_bits, self.w_bits = check_table_shape(self.table)
+        self.info = _as_info(info)
+        self.gradients = _as_gradients(gradients, self.table.shape)
         self._copies: dict[torch.device, tuple[int, Tensor]] = {}
 
     @classmethod
@@ -311,22 +363,33 @@ class Multiplier:
             self._copies[device] = (self.table._version, copy)
         return copy
 
-    def _products(self) -> np.ndarray:
-        a, w = operand_values(self.a_bits, self.a_signed), operand_values(self.w_bits, self.w_signed)
-        return np.multiply.outer(a, w)
+    @property
+    def power(self) -> float | None:
+        """Power in mW as `info` states it (``power``, ``PDK45_PWR`` or ``PWR``); None where it does not."""
+        return power_in_milliwatts(self.info)
+
+    def operand_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Value of every activation code and of every weight code, int64, in the table's order."""
+        return operand_values(self.a_bits, self.a_signed), operand_values(self.w_bits, self.w_signed)
 
     def by_value(self) -> Tensor:
         """The table with both axes in ascending order of operand value, int32."""
-        a = np.argsort(operand_values(self.a_bits, self.a_signed))
-        w = np.argsort(operand_values(self.w_bits, self.w_signed))
+        a, w = (np.argsort(values) for values in self.operand_values())
         return self.table[torch.from_numpy(a)][:, torch.from_numpy(w)].contiguous()
 
     def error(self) -> Tensor:
         """``table[a, w] - a·w``, int64, indexed by code as the table is."""
-        return self.table.long() - torch.from_numpy(self._products())
+        return self.table.long() - torch.from_numpy(np.multiply.outer(*self.operand_values()))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, a_hist: Any = None, w_hist: Any = None) -> dict[str, float]:
         """Error figures over all operand pairs, as EvoApproxLib defines them.
+
+        Parameters
+        ----------
+        a_hist, w_hist : array_like, optional
+            How often each activation or weight code is met, shape ``(2**bits,)`` by code, counts or shares. A pair
+            then weighs ``a_hist[a]·w_hist[w]``, so that a layer's own operands decide; codes are equally frequent where
+            it is not given.
 
         Returns
         -------
@@ -334,37 +397,31 @@ class Multiplier:
             With ``e = table[a, w] - a·w`` over all N pairs: ``MAE`` = Σ|e|/N, ``WCE`` = max|e|, ``EP%`` = share of
             pairs with e ≠ 0, ``MSE`` = Σe²/N, ``bias`` = Σe/N, ``variance`` = MSE − bias²; over the pairs with
             a·w ≠ 0 ``MRE%`` = mean |e/(a·w)| and ``WCRE%`` = max |e/(a·w)|; ``MAE%`` and ``WCE%`` are relative to
-            2**(a_bits + w_bits).
+            2**(a_bits + w_bits). With histograms means are weighted and maxima are over pairs that are met; ``MRE%``
+            and ``WCRE%`` are NaN where no pair with a·w ≠ 0 is.
+
+        Raises
+        ------
+        ValueError
+            A histogram of another shape, or with negative, infinite or only zero counts.
 
         Notes
         -----
         V. Mrazek et al., "EvoApprox8b: Library of Approximate Adders and Multipliers for Circuit Design and
         Benchmarking of Approximation Methods", DATE 2017.
         """
-        product = self._products()
-        error = self.error().numpy().astype(np.float64)
-        magnitude = np.abs(error)
-        nonzero = product != 0
-        relative = magnitude[nonzero] / np.abs(product[nonzero])
-        full_scale = 2.0 ** (self.a_bits + self.w_bits)
-        mse, bias = float((error**2).mean()), float(error.mean())
-        return {
-            "MAE": float(magnitude.mean()),
-            "MAE%": 100 * float(magnitude.mean()) / full_scale,
-            "WCE": float(magnitude.max()),
-            "WCE%": 100 * float(magnitude.max()) / full_scale,
-            "WCRE%": 100 * float(relative.max()),
-            "EP%": 100 * float((error != 0).mean()),
-            "MRE%": 100 * float(relative.mean()),
-            "MSE": mse,
-            "bias": bias,
-            "variance": mse - bias**2,
-        }
+        return error_figures(self, a_hist, w_hist)
 
     def swap(self) -> Multiplier:
         """The same circuit with its operands exchanged: ``swap().table[w, a] == table[a, w]``."""
-        name = f"{self.name}_swapped" if self.name else ""
-        return Multiplier(self.table.T, a_signed=self.w_signed, w_signed=self.a_signed, name=name)
+        return Multiplier(
+            self.table.T,
+            a_signed=self.w_signed,
+            w_signed=self.a_signed,
+            name=f"{self.name}_swapped" if self.name else "",
+            info=self.info,
+            gradients=self.gradients and (self.gradients[1].T, self.gradients[0].T),
+        )
 
     def sign_magnitude(self) -> Multiplier:
         """An unsigned circuit used on signed numbers: ``sign(a)·sign(w)·table[|a|, |w|]``, with sign(0) = 0.
@@ -394,7 +451,15 @@ class Multiplier:
         return hashlib.sha256(head.encode() + self.table.numpy().astype("<i4").tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write table, operand formats, name and hash to an ``.npz`` that `approxconv.load_multiplier` reads."""
+        """Write all of it and a hash to an ``.npz`` that `approxconv.load_multiplier` reads.
+
+        `approxconv.save_multiplier` writes other formats.
+
+        Raises
+        ------
+        ValueError
+            The suffix is not ``.npz``.
+        """
         from .formats.npz import save_npz
 
         save_npz(self, path)
@@ -412,7 +477,8 @@ class Multiplier:
         return hash(self.content_hash)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.table.numpy(), self.a_signed, self.w_signed, self.name)
+        gradients = self.gradients and tuple(table.numpy() for table in self.gradients)
+        return _rebuild, (self.table.numpy(), self.a_signed, self.w_signed, self.name, self.info, gradients)
 
     def __repr__(self) -> str:
         return f"Multiplier({self.name or 'unnamed'!r}, a={self.a_format}, w={self.w_format})"
@@ -428,8 +494,15 @@ class Multiplier:
         return f"{'' if self.w_signed else 'u'}int{self.w_bits}"
 
 
-def _rebuild(table: np.ndarray, a_signed: bool, w_signed: bool, name: str) -> Multiplier:
-    return Multiplier(table, a_signed=a_signed, w_signed=w_signed, name=name)
+def _rebuild(
+    table: np.ndarray,
+    a_signed: bool,
+    w_signed: bool,
+    name: str,
+    info: dict[str, Any] | None = None,
+    gradients: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Multiplier:
+    return Multiplier(table, a_signed=a_signed, w_signed=w_signed, name=name, info=info, gradients=gradients)
 
 
 @cache

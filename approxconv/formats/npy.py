@@ -1,17 +1,19 @@
-"""A bare table as NumPy writes it."""
+"""A bare table as NumPy writes it; TorchApprox and others ship such files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy_format
 
 from ..multiplier import MAX_BITS, Multiplier
 from .errors import FormatError
+from .format import Format, check_order, table_multiplier
 
-_MAX_BYTES = 8 * 4**MAX_BITS + 2**16  # the largest table in the widest dtype, and a generous header
+MAX_BYTES = 8 * 4**MAX_BITS + 2**16  # the largest table in the widest dtype, and a generous header
+_MAGIC = b"\x93NUMPY"
 
 
 def read_array(file: BinaryIO, path: Path) -> np.ndarray:
@@ -20,12 +22,12 @@ def read_array(file: BinaryIO, path: Path) -> np.ndarray:
         major, _ = npy_format.read_magic(file)
         read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-    except (ValueError, EOFError, OSError, MemoryError, SyntaxError, TypeError, UnicodeError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, SyntaxError, TypeError, UnicodeError, RecursionError) as error:
         raise FormatError(path, f"must start with a .npy header ({error})") from None
     if dtype.hasobject or dtype.kind not in "iuf":
         raise FormatError(path, f"must hold numbers, got dtype {dtype}")
     size = int(np.prod(shape, dtype=object)) if shape else 1
-    if len(shape) > 2 or size * dtype.itemsize > _MAX_BYTES:
+    if len(shape) > 2 or size < 0 or size * dtype.itemsize > MAX_BYTES:
         raise FormatError(
             path, f"must hold a table of at most {2**MAX_BITS}×{2**MAX_BITS} entries, its header says {shape}"
         )
@@ -35,23 +37,29 @@ def read_array(file: BinaryIO, path: Path) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def bare_table(table: np.ndarray, path: Path, a_signed: bool | None, w_signed: bool | None) -> Multiplier:
-    """A multiplier from its table alone; signedness from the dtype where it is not given."""
-    signed = table.dtype.kind != "u"
-    try:
-        return Multiplier(
-            table,
-            a_signed=signed if a_signed is None else a_signed,
-            w_signed=signed if w_signed is None else w_signed,
-        )
-    except ValueError as error:
-        raise FormatError(path, str(error)) from None
+def bare_table(table: np.ndarray, path: Path, **options: Any) -> Multiplier:
+    """A multiplier from its table alone; an unsigned dtype means unsigned operands where nothing else says it."""
+    return table_multiplier(table, path, signed=table.dtype.kind != "u", **options)
 
 
-def load_npy(path: Path, a_signed: bool | None, w_signed: bool | None) -> Multiplier:
+def load_npy(
+    path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
+) -> Multiplier:
     """Read a ``.npy`` table."""
     with path.open("rb") as file:
         table = read_array(file, path)
         if file.read(1):
             raise FormatError(path, "must end after its data, got more bytes")
-    return bare_table(table, path, a_signed, w_signed)
+    return bare_table(table, path, a_signed=a_signed, w_signed=w_signed, order=order)
+
+
+def save_npy(multiplier: Multiplier, path: Path, *, order: str | None = None) -> None:
+    """Write the table as int32, or as uint32 if neither an operand nor an entry is signed."""
+    weight_first = check_order(order) == "weight_first"
+    table = multiplier.table.numpy()
+    unsigned = not multiplier.a_signed and not multiplier.w_signed and table.min() >= 0
+    with path.open("wb") as file:  # a path NumPy would append .npy to, were it .NPY
+        np.save(file, (table.T if weight_first else table).astype(np.uint32 if unsigned else np.int32))
+
+
+FORMAT = Format("npy", (".npy",), load_npy, lambda head: head.startswith(_MAGIC), save_npy)

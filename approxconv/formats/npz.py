@@ -1,7 +1,8 @@
-"""Our own format: an ``.npz`` that says everything about a multiplier and proves it by a hash."""
+"""Our own format: an ``.npz`` that says everything about a multiplier and proves its table by a hash."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from io import BytesIO
@@ -11,10 +12,13 @@ import numpy as np
 
 from ..multiplier import Multiplier
 from .errors import FormatError
-from .npy import _MAX_BYTES, bare_table, read_array
+from .format import Format
+from .npy import MAX_BYTES, bare_table, read_array
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "table", "a_signed", "w_signed", "name", "hash")
+_GRADIENTS = ("a_gradient", "w_gradient")
+_MEMBERS = (*_KEYS, "info", *_GRADIENTS)
 
 
 def save_npz(multiplier: Multiplier, path: str | Path) -> None:
@@ -23,19 +27,25 @@ def save_npz(multiplier: Multiplier, path: str | Path) -> None:
     Raises
     ------
     ValueError
-        Another suffix.
+        Another suffix, or a name or info that is no Unicode or larger than a table.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz":
         raise ValueError(f"path must end in .npz, got {path}")
+    info = json.dumps(multiplier.info, ensure_ascii=False).encode()
+    if len(info) > MAX_BYTES // 2:
+        raise ValueError(f"info must be at most {MAX_BYTES // 2:,} bytes as JSON, got {len(info):,}")
     arrays = {
         "format_version": np.int64(FORMAT_VERSION),
         "table": multiplier.table.numpy(),
         "a_signed": np.uint8(multiplier.a_signed),
         "w_signed": np.uint8(multiplier.w_signed),
         "name": np.frombuffer(multiplier.name.encode(), np.uint8),
+        "info": np.frombuffer(info, np.uint8),
         "hash": np.frombuffer(bytes.fromhex(multiplier.content_hash), np.uint8),
     }
+    for key, gradient in zip(_GRADIENTS, multiplier.gradients or (), strict=False):
+        arrays[key] = gradient.numpy()
     with path.open("wb") as file:  # a path NumPy would append .npz to, were it .NPZ
         np.savez_compressed(file, **arrays)
 
@@ -45,27 +55,38 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-            if not 1 <= len(infos) <= len(_KEYS):
-                raise FormatError(path, f"must hold 1 to {len(_KEYS)} arrays, got {len(infos)}")
+            if not 1 <= len(infos) <= len(_MEMBERS):
+                raise FormatError(path, f"must hold 1 to {len(_MEMBERS)} arrays, got {len(infos)}")
             arrays = {}
             for info in infos:
                 with archive.open(info) as member:
-                    data = member.read(_MAX_BYTES + 1)
-                if len(data) > _MAX_BYTES:
+                    data = member.read(MAX_BYTES + 1)
+                if len(data) > MAX_BYTES:
                     raise FormatError(
-                        path, f"{info.filename} must be no larger than a table, at most {_MAX_BYTES} bytes"
+                        path, f"{info.filename} must be no larger than a table, at most {MAX_BYTES} bytes"
                     )
                 arrays[info.filename.removesuffix(".npy")] = read_array(BytesIO(data), path)
             return arrays
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+        UnicodeError,
+        OverflowError,
+    ) as error:
         raise FormatError(path, f"must be a zip archive of .npy arrays ({error})") from None
 
 
-def load_npz(path: Path, a_signed: bool | None, w_signed: bool | None) -> Multiplier:
+def load_npz(
+    path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
+) -> Multiplier:
     """Read our own format, or the only array of any other ``.npz``."""
     arrays = _read_members(path)
     if len(arrays) == 1:
-        return bare_table(next(iter(arrays.values())), path, a_signed, w_signed)
+        return bare_table(next(iter(arrays.values())), path, a_signed=a_signed, w_signed=w_signed, order=order)
     missing = [key for key in _KEYS if key not in arrays]
     if missing:
         raise FormatError(path, f"must hold one table, or {', '.join(_KEYS)}; {', '.join(missing)} missing")
@@ -73,17 +94,32 @@ def load_npz(path: Path, a_signed: bool | None, w_signed: bool | None) -> Multip
         version = int(arrays["format_version"])
         flags = [bool(int(arrays[key])) for key in ("a_signed", "w_signed")]
         name = arrays["name"].astype(np.uint8).tobytes().decode()
-    except (TypeError, ValueError) as error:
+        info = json.loads(arrays["info"].astype(np.uint8).tobytes()) if "info" in arrays else {}
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
         raise FormatError(
-            path, f"format_version, a_signed and w_signed must be numbers, name UTF-8 ({error})"
+            path, f"format_version, a_signed and w_signed must be numbers, name UTF-8, info JSON ({error})"
         ) from None
     if version != FORMAT_VERSION:
         raise FormatError(path, f"format_version must be {FORMAT_VERSION}, got {version}")
     for key, given, own in zip(("a_signed", "w_signed"), (a_signed, w_signed), flags, strict=True):
         if given is not None and given != own:
             raise FormatError(path, f"{key} is {own} in the file, {given} was asked for")
-    multiplier = bare_table(arrays["table"], path, *flags)
+    if order is not None:
+        raise FormatError(path, f"its rows are activations as the file itself says, order={order!r} was asked for")
+    try:
+        multiplier = Multiplier(
+            arrays["table"],
+            a_signed=flags[0],
+            w_signed=flags[1],
+            name=name,
+            info=info,
+            gradients=tuple(arrays[key] for key in _GRADIENTS) if all(key in arrays for key in _GRADIENTS) else None,
+        )
+    except ValueError as error:
+        raise FormatError(path, str(error)) from None
     if arrays["hash"].astype(np.uint8).tobytes().hex() != multiplier.content_hash:
         raise FormatError(path, "its hash must be that of its table and formats")
-    multiplier.name = name
     return multiplier
+
+
+FORMAT = Format("npz", (".npz",), load_npz, lambda head: head.startswith(b"PK\x03\x04"), save_npz)
