@@ -11,22 +11,39 @@ import re
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import import_module
+from types import ModuleType
 
 from ..multiplier import Multiplier
+from .family import Family
 
 __all__ = ["get_multiplier", "list_multipliers"]
 
-_FAMILIES = tuple(
-    import_module(f".{module}", __name__).FAMILY
-    for module in (
-        "exact",
-        "truncated",
-        "broken_array",
-        "drum",
-        "mitchell",
-        "kulkarni",
-    )
+_MODULES = (
+    "exact",
+    "truncated",
+    "perforated",
+    "broken_array",
+    "lower_part_or",
+    "kulkarni",
+    "compressor_tree",
+    "etm",
+    "drum",
+    "dsm",
+    "ssm",
+    "essm",
+    "roba",
+    "mitchell",
+    "alm",
+    "booth",
+    "random_error",
 )
+
+
+def _families(module: ModuleType) -> tuple[Family, ...]:
+    return module.FAMILIES if hasattr(module, "FAMILIES") else (module.FAMILY,)
+
+
+_FAMILIES = tuple(family for name in _MODULES for family in _families(import_module(f".{name}", __name__)))
 _LONGEST_SHOWN = 60
 
 
@@ -67,6 +84,8 @@ def get_multiplier(name: str) -> Multiplier:
 
 def list_multipliers(pattern: str | None = None) -> list[str]:
     """The names that `get_multiplier` takes, in natural order (``drum9`` before ``drum10``).
+
+    Of `random_error`'s seeds and magnitudes it takes many more than are listed.
 
     Parameters
     ----------

@@ -41,34 +41,53 @@ def _check(name: str, value: object, wanted: Sequence[int]) -> int:
     return int(value)
 
 
+def choose(name: str, value: object, families: Mapping[str, Family]) -> Family:
+    """The family that `value` names, or a ValueError that says which there are."""
+    if not isinstance(value, str) or value not in families:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, families))}, got {value!r}")
+    return families[value]
+
+
 def _no_parameters(bits: int) -> Mapping[str, range]:
     return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of multipliers: its arithmetic on unsigned operands, its parameters and its names.
+    """A family of multipliers: its arithmetic, its parameters and its names.
 
-    A signed operand enters by its magnitude and its sign is put back on the product, with sign(0) = 0:
-    ``sign(a)·sign(w)·f(|a|, |w|)``, without the sign of an operand that is unsigned. Magnitudes reach 2**(bits-1), so
-    the unsigned circuit of the same width takes them all.
+    Where the arithmetic is that of unsigned operands, a signed one enters by its magnitude and its sign is put back on
+    the product, with sign(0) = 0: ``sign(a)·sign(w)·f(|a|, |w|)``, without the sign of an operand that is unsigned.
+    Magnitudes reach 2**(bits-1), so the unsigned circuit of the same width takes them all.
 
     Attributes
     ----------
     stem : str
         The name up to the operand formats, a replacement field per parameter: ``"bam_h{h}_v{v}"``.
-    unsigned : callable
+    unsigned : callable, optional
         ``unsigned(a, w, **parameters)`` takes int64 arrays of values ≥ 0 and returns their approximate products.
     ranges : callable
         ``ranges(bits)`` returns the values each parameter can have at that width, by name.
     widths : sequence of int
         The widths there are.
+    native : callable, optional
+        Called in place of `unsigned`, with the operands' values as they are, negative ones among them.
+    by_width : bool
+        Whether the circuit depends on the operands' width, so that the callable takes it too, as ``bits``.
+    signed_only : bool
+        Whether both operands must be signed.
+    listed : callable, optional
+        ``listed(bits)`` returns the parameter values that `names` goes through, where `ranges` holds too many.
     """
 
     stem: str
-    unsigned: Callable[..., np.ndarray]
+    unsigned: Callable[..., np.ndarray] | None = None
     ranges: Callable[[int], Mapping[str, range]] = _no_parameters
     widths: Sequence[int] = range(MIN_BITS, MAX_BITS + 1)
+    native: Callable[..., np.ndarray] | None = None
+    by_width: bool = False
+    signed_only: bool = False
+    listed: Callable[[int], Mapping[str, Sequence[int]]] | None = None
 
     def build(self, bits: int, a_signed: bool, w_signed: bool, **parameters: int) -> Multiplier:
         """Tabulate one member of the family.
@@ -76,19 +95,24 @@ class Family:
         Raises
         ------
         ValueError
-            A width or a parameter out of its range or of a wrong type.
+            A width or a parameter out of its range or of a wrong type, or a signedness the family does not have.
         """
         bits = _check("bits", bits, self.widths)
         parameters = {name: _check(name, parameters[name], wanted) for name, wanted in self.ranges(bits).items()}
+        if self.signed_only and not (a_signed and w_signed):
+            raise ValueError(f"this family is signed only, got a_signed={a_signed!r}, w_signed={w_signed!r}")
+        arguments = {**parameters, "bits": bits} if self.by_width else parameters
 
-        def on_magnitudes(a: np.ndarray, w: np.ndarray) -> np.ndarray:
-            products = self.unsigned(np.abs(a), np.abs(w), **parameters)
+        def circuit(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+            if self.native is not None:
+                return self.native(a, w, **arguments)
+            products = self.unsigned(np.abs(a), np.abs(w), **arguments)
             for operand, signed in ((a, a_signed), (w, w_signed)):
                 if signed:
                     products = products * np.sign(operand)
             return products
 
-        multiplier = Multiplier.from_function(on_magnitudes, bits=bits, a_signed=a_signed, w_signed=w_signed)
+        multiplier = Multiplier.from_function(circuit, bits=bits, a_signed=a_signed, w_signed=w_signed)
         multiplier.name = self._name(bits, a_signed, w_signed, parameters)
         return multiplier
 
@@ -98,7 +122,7 @@ class Family:
         Raises
         ------
         ValueError
-            The name is well formed but asks for a width or a parameter that the family does not have.
+            The name is well formed but asks for a width, a parameter or a signedness that the family does not have.
         """
         match = re.fullmatch(self._pattern(), name)
         if match is None:
@@ -119,12 +143,12 @@ class Family:
             raise ValueError(f"no multiplier {name!r}: {error}") from None
 
     def names(self) -> Iterator[str]:
-        """Every name `from_name` takes."""
+        """Every name `from_name` takes; of a family with `listed`, those of the listed values only."""
         for bits in self.widths:
-            ranges = self.ranges(bits)
+            ranges = (self.listed or self.ranges)(bits)
             for values in product(*ranges.values()):
                 parameters = dict(zip(ranges, values, strict=True))
-                for a_signed, w_signed in _SIGNEDNESS:
+                for a_signed, w_signed in _SIGNEDNESS[1:2] if self.signed_only else _SIGNEDNESS:
                     yield self._name(bits, a_signed, w_signed, parameters)
 
     def _name(self, bits: int, a_signed: bool, w_signed: bool, parameters: Mapping[str, int]) -> str:
