@@ -3,23 +3,28 @@
 from . import nn, operators
 from ._version import __version__
 from .engines import EngineError, use_engine
-from .formats import FormatError, load_multiplier
+from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
+from .pictures import compare
 from .zoo import get_multiplier, list_multipliers
 
 __all__ = [
+    "CFunction",
     "EngineError",
     "FormatError",
     "Multiplier",
     "__version__",
     "approximate",
     "calibrate",
+    "compare",
     "get_multiplier",
     "list_multipliers",
+    "load_function",
     "load_multiplier",
     "nn",
     "operators",
+    "save_multiplier",
     "set_mode",
     "use_engine",
 ]

@@ -1,37 +1,184 @@
-"""The command line: ``approxconv demo``."""
+"""The command line: ``approxconv demo``, ``list``, ``show``, ``convert``, ``compare``."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._version import __version__
 from .engines import select
-from .formats import load_multiplier
+from .formats import list_formats, load_multiplier, save_multiplier
+from .formats.format import ORDERS
 from .multiplier import Multiplier
-from .zoo import get_multiplier
+from .zoo import get_multiplier, list_multipliers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.table import Table
 
 LARGEST_SEED = 2**32 - 1
+_COMPARED = ("MAE", "WCE", "EP%", "MRE%", "MSE", "bias")
 
 
 class CommandError(Exception):
     """Something the user can mend; printed without a traceback."""
 
 
-def _multiplier(name_or_file: str) -> Multiplier:
+def _multiplier(name_or_file: str, **options: Any) -> Multiplier:
     """A zoo name, or a file if there is one of that name."""
     path = Path(name_or_file)
     if path.suffix or path.exists():
-        multiplier = load_multiplier(path)
-        multiplier.name = multiplier.name or path.stem
-        return multiplier
+        return load_multiplier(path, **options)
     return get_multiplier(name_or_file)
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `load_multiplier` that were given."""
+    signed = {None: None, "signed": True, "unsigned": False}
+    options = {
+        "format": arguments.format,
+        "a_signed": signed[arguments.activation],
+        "w_signed": signed[arguments.weight],
+        "order": arguments.order,
+        "swap": arguments.swap or None,
+    }
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _described(multiplier: Multiplier) -> dict[str, Any]:
+    return {
+        "name": multiplier.name,
+        "activation": multiplier.a_format,
+        "weight": multiplier.w_format,
+        "metrics": multiplier.metrics(),
+        "power_mW": multiplier.power,
+        "info": multiplier.info,
+        "content_hash": multiplier.content_hash,
+    }
+
+
+def _save_png(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _figures_table(multipliers: Sequence[Multiplier], figures: Sequence[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("multiplier", overflow="fold")
+    for heading in ("formats", *figures, "mW"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for multiplier in multipliers:
+        metrics, power = multiplier.metrics(), multiplier.power
+        table.add_row(
+            Text(multiplier.name),
+            f"{multiplier.a_format}×{multiplier.w_format}",
+            *(_number(metrics[figure]) for figure in figures),
+            "" if power is None else f"{power:.4g}",
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    """Five significant digits, more for a whole number, without an exponent where it reads well."""
+    if value == 0 or math.floor(math.log10(abs(value))) in range(-3, 10):
+        digits = 0 if value == round(value) else max(4 - math.floor(math.log10(abs(value))), 0)
+        return f"{value:,.{digits}f}"
+    return f"{value:.4e}"
+
+
+def _aligned(lines: Mapping[str, Any]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items())
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    names = list_multipliers(arguments.pattern)
+    if not names and arguments.pattern is not None:
+        raise CommandError(f"no multiplier's name matches {arguments.pattern!r}; approxconv list shows all")
+    if arguments.json:
+        _print_json(names)
+    else:
+        print("\n".join(names))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    multiplier = _multiplier(arguments.multiplier, **_reading(arguments))
+    if arguments.png is not None:
+        _save_png(multiplier.plot(), arguments.png)
+    if arguments.json:
+        _print_json(_described(multiplier))
+        return
+    from rich.text import Text
+
+    from .pictures import heat_map_text
+
+    console = _console()
+    heading = f"{multiplier.name}: activation {multiplier.a_format} × weight {multiplier.w_format}"
+    console.print(Text(heading, style="bold"))
+    console.print(Text(_aligned({key: _number(value) for key, value in multiplier.metrics().items()})))
+    if multiplier.info:
+        console.print(Text("info", style="bold"))
+        console.print(Text(_aligned(multiplier.info)))
+    if arguments.png is None:
+        width = min(64, console.width)
+        console.print(heat_map_text(multiplier, width, color=console.color_system is not None))
+    else:
+        console.print(Text(f"{arguments.png} written"), soft_wrap=True)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    multiplier = _multiplier(arguments.input, **_reading(arguments))
+    if arguments.name is not None:
+        multiplier.name = arguments.name
+    options = {} if arguments.to_order is None else {"order": arguments.to_order}
+    save_multiplier(multiplier, arguments.output, format=arguments.to, **options)
+    if arguments.json:
+        _print_json(_described(multiplier) | {"output": str(arguments.output)})
+    else:
+        print(f"{arguments.output} written: {multiplier!r}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    multipliers = [_multiplier(each, **_reading(arguments)) for each in arguments.multipliers]
+    if arguments.png is not None:
+        from .pictures import compare
+
+        _save_png(compare(multipliers, figure=arguments.figure), arguments.png)
+    if arguments.json:
+        _print_json([_described(multiplier) for multiplier in multipliers])
+        return
+    figures = dict.fromkeys((*_COMPARED, arguments.figure))
+    console = _console()
+    if not console.is_terminal:
+        console.width = 200  # into a file or a pipe: no folded cells
+    console.print(_figures_table(multipliers, list(figures)))
+    if arguments.png is not None:
+        print(f"{arguments.png} written")
 
 
 def _device(name: str) -> torch.device:
@@ -58,50 +205,142 @@ def _demo(arguments: argparse.Namespace) -> None:
     missing = [package for package in ("sklearn", "matplotlib") if find_spec(package) is None]
     if missing:
         raise CommandError(f"the demo needs {' and '.join(missing)}: pip install 'approxconv[demo]'")
+    from rich.console import Console
+
     from . import demo
 
     device = _device(arguments.device)
     names = arguments.multiplier or (demo.QUICK_MULTIPLIERS if arguments.quick else demo.MULTIPLIERS)
     multipliers = [_multiplier(name) for name in dict.fromkeys((demo.EXACT, *names))]
-    demo.run(
+    report = demo.run(
         multipliers,
         device=device,
         out=arguments.out,
         seed=arguments.seed,
         schedule=demo.QUICK_SCHEDULE if arguments.quick else demo.Schedule(),
+        console=Console(stderr=arguments.json),
     )
+    if arguments.json:
+        _print_json(report)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="approxconv", description="Neural networks on approximate multipliers.")
+    parser = argparse.ArgumentParser(
+        prog="approxconv",
+        description="Neural networks on approximate multipliers.",
+        epilog="example: approxconv show drum4_8u_8s. Exit codes: 0 done, 1 an error in the input, 2 wrong usage.",
+    )
     parser.add_argument("--version", action="version", version=f"approxconv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
+
+    def command(
+        name: str, run: Any, help: str, example: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=description or f"{help[0].upper()}{help[1:]}.",
+            epilog=f"example: {example}",
+        )
+        added.add_argument("--json", action="store_true", help="print JSON")
+        added.set_defaults(run=run)
+        return added
+
+    listing = command("list", _list, "names of the zoo's multipliers", "approxconv list 'drum*_8u'")
+    listing.add_argument("pattern", nargs="?", metavar="PATTERN", help="shell-style filter of the names")
+
+    show = command(
+        "show",
+        _show,
+        "a multiplier's error figures and heat map",
+        "approxconv show mul8u_17MJ.c --png mul8u_17MJ.png",
+    )
+    show.add_argument("multiplier", metavar="NAME|FILE", help="a name from approxconv list, or a file")
+    show.add_argument("--png", type=Path, metavar="PNG", help="draw the heat map into this file")
+    _add_reading(show)
+
+    formats = "; ".join(f"{name} ({' '.join(suffixes)})" for name, suffixes in list_formats().items())
+    convert = command(
+        "convert",
+        _convert,
+        "a multiplier from one file format to another",
+        "approxconv convert mul8u_17MJ.c mul8u_17MJ.bin",
+        f"Convert a multiplier from one file format to another. Formats: {formats}; c_model can only be read. Only npz "
+        "keeps name, operand formats and info.",
+    )
+    convert.add_argument("input", metavar="IN", help="a file, or a name from approxconv list")
+    convert.add_argument("output", type=Path, metavar="OUT", help="the file to write; its suffix says the format")
+    convert.add_argument(
+        "--to", choices=list_formats(), metavar="FORMAT", help="format of OUT, where its suffix does not say"
+    )
+    convert.add_argument("--to-order", choices=ORDERS, help="which operand the rows of OUT belong to")
+    convert.add_argument("--name", help="instead of the multiplier's own")
+    _add_reading(convert)
+
+    compare = command(
+        "compare",
+        _compare,
+        "error figures and power of several multipliers",
+        "approxconv compare drum4_8u mitchell_8u circuits/*.c --png compared.png",
+    )
+    compare.add_argument("multipliers", nargs="+", metavar="NAME|FILE", help="names from approxconv list, or files")
+    compare.add_argument(
+        "--figure",
+        choices=sorted(Multiplier.exact(2).metrics()),
+        default="MRE%",
+        metavar="FIGURE",
+        help="the error figure to draw, such as MRE%% (default) or MAE",
+    )
+    compare.add_argument("--png", type=Path, metavar="PNG", help="draw the error against the power into this file")
+    _add_reading(compare)
+
+    demo = command(
         "demo",
-        help="try multipliers on a handwritten-digit classifier and retrain it",
-        description="Train a small CNN on scikit-learn's handwritten digits, put approximate multipliers into it, "
-        "retrain it, and compare.",
-        epilog="example: approxconv demo --multiplier drum4_8u_8s --multiplier my_table.npz --out results",
+        _demo,
+        "try multipliers on a handwritten-digit classifier and retrain it",
+        "approxconv demo --multiplier drum4_8u_8s --multiplier my_table.npz --out results",
+        "Train a small CNN on scikit-learn's handwritten digits, put approximate multipliers into it, retrain it, and "
+        "compare.",
     )
     demo.add_argument(
         "--multiplier",
         action="append",
         metavar="NAME|FILE",
-        help="a zoo name or a table file (.npz, .npy); repeatable; default: a selection from nearly exact to brutal",
+        help="a zoo name or a file; repeatable; default: a selection from nearly exact to brutal",
     )
     demo.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     demo.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results.json and accuracy.png")
     demo.add_argument("--seed", type=_seed, default=0, help="of the split, the weights and the batches (default 0)")
     demo.add_argument("--quick", action="store_true", help="few multipliers, few epochs")
-    demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    reading = parser.add_argument_group("how files are read, where they do not say it themselves")
+    reading.add_argument(
+        "--format", choices=list_formats(), metavar="FORMAT", help=f"one of {', '.join(list_formats())}"
+    )
+    for operand in ("activation", "weight"):
+        reading.add_argument(f"--{operand}", choices=("signed", "unsigned"), help=f"how {operand} codes are read")
+    reading.add_argument("--order", choices=ORDERS, help="which operand the rows of a table belong to")
+    reading.add_argument("--swap", action="store_true", help="a C model's first parameter is the weight")
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"approxconv: warning: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 1 after an error that is the input's (2: wrong usage)."""
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.run(parsed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _warn
+            parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CommandError, ValueError, OSError, ImportError) as error:
         print(f"approxconv: error: {error}", file=sys.stderr)
         return 1

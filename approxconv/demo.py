@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -242,7 +243,7 @@ def run(
     seed: int = 0,
     schedule: Schedule | None = None,
     console: Console | None = None,
-) -> list[Result]:
+) -> dict[str, Any]:
     """Train the float network, try every multiplier on it, print the table, write ``results.json`` and the plot.
 
     Parameters
@@ -262,8 +263,8 @@ def run(
 
     Returns
     -------
-    list of Result
-        One a multiplier.
+    dict
+        What ``results.json`` holds.
     """
     schedule, console = schedule or Schedule(), console or Console()
     started = time.perf_counter()
@@ -308,4 +309,4 @@ def run(
     plot(results, float_accuracy, out / "accuracy.png")
     written = f"{out / 'results.json'} and {out / 'accuracy.png'} written, {report['seconds']:.0f} s in all"
     console.print(Text(written))
-    return results
+    return report

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from .multiplier import Multiplier
@@ -41,21 +43,40 @@ def power_in_milliwatts(info: Mapping[str, Any]) -> float | None:
     for key in _POWER_KEYS:
         quantity = parse_quantity(info.get(key))
         if quantity is not None and (quantity.unit or "mW") in _IN_MILLIWATTS:
-            return quantity.value * _IN_MILLIWATTS[quantity.unit or "mW"]
+            power = quantity.value * _IN_MILLIWATTS[quantity.unit or "mW"]
+            if math.isfinite(power) and power >= 0:
+                return power
     return None
 
 
-def _probabilities(name: str, histogram: Any, codes: int) -> np.ndarray:
+def printed_figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The figures that describe a multiplier at a glance, as text: of all that `Multiplier.metrics` returns."""
+    shown = {}
+    for key in ("MAE", "WCE", "EP%", "MRE%", "bias"):
+        value = f"{metrics[key]:.4g}{' %' * key.endswith('%')}"
+        shown[key.removesuffix("%")] = "–" if math.isnan(metrics[key]) else value
+    return shown
+
+
+def probabilities(name: str, histogram: Any, codes: int) -> np.ndarray:
+    """Counts or shares by code as float64 that sum to 1, equal ones for None; a ValueError calls it `name`."""
     if histogram is None:
         return np.full(codes, 1 / codes)
     try:
-        counts = np.asarray(histogram, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        if isinstance(histogram, torch.Tensor) and not histogram.is_complex():
+            histogram = histogram.detach().to("cpu", torch.float64).numpy()  # NumPy has no bfloat16
+        counts = np.asarray(histogram)
+        if counts.dtype.kind not in "biufO":
+            raise ValueError(f"got dtype {counts.dtype}")
+        counts = counts.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} must hold numbers: {error}") from None
     if counts.shape != (codes,):
         raise ValueError(f"{name} must have one count a code, shape ({codes},), got {counts.shape}")
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
-        raise ValueError(f"{name} must be finite, not negative and not all zero")
+        raise ValueError(
+            f"{name} must be finite, not negative and not all zero, got values from {counts.min()} to {counts.max()}"
+        )
     counts = counts / counts.max()  # so that their sum is finite too
     return counts / counts.sum()
 
@@ -63,8 +84,8 @@ def _probabilities(name: str, histogram: Any, codes: int) -> np.ndarray:
 def error_figures(multiplier: Multiplier, a_hist: Any = None, w_hist: Any = None) -> dict[str, float]:
     """What `Multiplier.metrics` documents."""
     a_values, w_values = multiplier.operand_values()
-    probability_a = _probabilities("a_hist", a_hist, len(a_values))
-    probability_w = _probabilities("w_hist", w_hist, len(w_values))
+    probability_a = probabilities("a_hist", a_hist, len(a_values))
+    probability_w = probabilities("w_hist", w_hist, len(w_values))
     met = np.multiply.outer(probability_a > 0, probability_w > 0)
     error = multiplier.error().numpy()
     magnitude = np.abs(error)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._versioned import once_per_version
 from .figures import error_figures, power_in_milliwatts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MIN_BITS, MAX_BITS = 2, 8
 _INT16_SPAN = 2**16 - 1
@@ -166,7 +170,8 @@ def _as_table(table: Any) -> Tensor:
         return torch.from_numpy(array.astype(np.int32, order="C", copy=True))
 
 
-def _check_flag(name: str, value: object) -> bool:
+def check_flag(name: str, value: object) -> bool:
+    """Return a bool as it is, or raise a ValueError that calls it `name`."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
@@ -200,18 +205,27 @@ def _as_gradients(gradients: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
     if not isinstance(gradients, (tuple, list)) or len(gradients) != 2:
         raise ValueError(f"gradients must be a pair of tables, got {type(gradients).__name__}")
     with torch.inference_mode(False):
-        try:
-            pair = tuple(
-                torch.as_tensor(g).detach().to("cpu", torch.float32, copy=True).contiguous() for g in gradients
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"gradients must hold numbers: {error}") from None
+        pair = tuple(_as_gradient(each) for each in gradients)
     for table in pair:
-        if table.shape != shape or not bool(torch.isfinite(table).all()):
-            raise ValueError(
-                f"gradients must be finite and of the table's shape {tuple(shape)}, got {tuple(table.shape)}"
-            )
+        if table.shape != shape:
+            raise ValueError(f"gradients must be of the table's shape {tuple(shape)}, got {tuple(table.shape)}")
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError("gradients must be finite in float32, got NaN, infinity or a number too large")
     return pair
+
+
+def _as_gradient(gradient: Any) -> Tensor:
+    """A contiguous float32 CPU copy."""
+    try:
+        if isinstance(gradient, Tensor) and not gradient.is_complex() and gradient.layout == torch.strided:
+            return gradient.detach().to("cpu", torch.float32, copy=True).contiguous()
+        array = np.asarray(gradient)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"got dtype {array.dtype}")
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(array.astype(np.float32, order="C", copy=True))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"gradients must hold numbers: {error}") from None
 
 
 class Multiplier:
@@ -258,8 +272,8 @@ class Multiplier:
         info: Mapping[str, Any] | None = None,
         gradients: tuple[Any, Any] | None = None,
     ) -> None:
-        self.a_signed = _check_flag("a_signed", a_signed)
-        self.w_signed = _check_flag("w_signed", w_signed)
+        self.a_signed = check_flag("a_signed", a_signed)
+        self.w_signed = check_flag("w_signed", w_signed)
         self.name = str(name)
         self.table = _as_table(table)
         self.a_bits, self.w_bits = check_table_shape(self.table)
@@ -283,7 +297,7 @@ class Multiplier:
         ValueError
             A width outside 2 to 8 bits or a flag that is no bool.
         """
-        return _exact(_check_bits(bits), _check_flag("a_signed", a_signed), _check_flag("w_signed", w_signed))
+        return _exact(_check_bits(bits), check_flag("a_signed", a_signed), check_flag("w_signed", w_signed))
 
     @classmethod
     def from_function(
@@ -317,8 +331,8 @@ class Multiplier:
         if not callable(fn):
             raise ValueError(f"fn must be callable, got {fn!r}")
         a_bits, w_bits = _check_bits(bits)
-        a = operand_values(a_bits, _check_flag("a_signed", a_signed))
-        w = operand_values(w_bits, _check_flag("w_signed", w_signed))
+        a = operand_values(a_bits, check_flag("a_signed", a_signed))
+        w = operand_values(w_bits, check_flag("w_signed", w_signed))
         a, w = (np.ascontiguousarray(v) for v in np.meshgrid(a, w, indexing="ij"))
         products = fn(a, w)
         try:
@@ -328,6 +342,46 @@ class Multiplier:
         if shape != a.shape:
             raise ValueError(f"fn must return an array of shape {a.shape}, got {shape}")
         return cls(products, a_signed=a_signed, w_signed=w_signed, name=name)
+
+    @classmethod
+    def from_c(
+        cls,
+        text: str,
+        *,
+        bits: int | tuple[int, int] | None = None,
+        a_signed: bool | None = None,
+        w_signed: bool | None = None,
+        swap: bool = False,
+        name: str | None = None,
+    ) -> Multiplier:
+        """Tabulate a straight-line C function, or CUDA ``__device__`` function, of two integers, without compiling it.
+
+        Parameters
+        ----------
+        text : str
+            The source, as `approxconv.load_function` describes it.
+        bits, a_signed, w_signed, swap
+            As for `approxconv.load_multiplier`; by default the function's name (``mul8s_…``) or types say them.
+        name : str, optional
+            Instead of the function's.
+
+        Raises
+        ------
+        FormatError
+            The text is no such C; the message names line and construct.
+
+        Examples
+        --------
+        >>> Multiplier.from_c("uint16_t f(uint8_t a, int8_t w) { return (a * w) & ~1; }")
+        Multiplier('f', a=uint8, w=int8)
+        """
+        from .formats.c_model import tabulate
+
+        if not isinstance(text, str):
+            raise ValueError(f"text must be the source as a str, got {type(text).__name__}")
+        multiplier = tabulate(Path("<C>"), text, bits=bits, a_signed=a_signed, w_signed=w_signed, swap=swap)
+        multiplier.name = multiplier.name if name is None else str(name)
+        return multiplier
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -403,7 +457,7 @@ class Multiplier:
         Raises
         ------
         ValueError
-            A histogram of another shape, or with negative, infinite or only zero counts.
+            A histogram of another shape or of no numbers, or with negative, infinite or only zero counts.
 
         Notes
         -----
@@ -411,6 +465,48 @@ class Multiplier:
         Benchmarking of Approximation Methods", DATE 2017.
         """
         return error_figures(self, a_hist, w_hist)
+
+    def plot(self, ax: Axes | None = None, *, a_hist: Any = None, w_hist: Any = None, relative: bool = False) -> Figure:
+        """Draw the error over the operand values, with its mean by activation and by weight beside it.
+
+        Red is too large, blue too small, white exact. Up to eight wrong pairs are ringed, as single ones would be
+        overlooked. Needs matplotlib, but no display; no pyplot figure is opened.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where to draw, with a third of its size free above and half of it to the right; a new figure if not given.
+        a_hist, w_hist : array_like, optional
+            How often each code is met, as for `metrics`: weighs the means and the figures in the title, and is drawn
+            beside the means.
+        relative : bool
+            Draw ``100·e/(a·w)`` instead of ``e``, grey where ``a·w = 0``. Colours then end where 99 % of the pairs do.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            That of `ax`, or a new one; ``.savefig(path)`` writes it.
+
+        Raises
+        ------
+        ValueError
+            `ax` is none, `relative` no bool, or a histogram that `metrics` does not take.
+        ImportError
+            matplotlib is missing.
+        """
+        from .pictures import plot_error
+
+        return plot_error(self, ax, a_hist=a_hist, w_hist=w_hist, relative=check_flag("relative", relative))
+
+    def _repr_png_(self) -> bytes | None:
+        from .pictures import error_png
+
+        return error_png(self)
+
+    def _repr_html_(self) -> str:
+        from .pictures import to_html
+
+        return to_html(self)
 
     def swap(self) -> Multiplier:
         """The same circuit with its operands exchanged: ``swap().table[w, a] == table[a, w]``."""

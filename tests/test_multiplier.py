@@ -1,9 +1,11 @@
 import copy
 import itertools
 import json
+import math
 import os
 import pickle
 import re
+import types
 from decimal import Decimal
 from pathlib import Path
 
@@ -601,6 +603,405 @@ def test_metrics_of_extreme_entries():
     assert metrics["WCE"] == 2**31 + 255 * 255
     assert metrics["bias"] == -metrics["MAE"] == -(2**31) - 127.5**2
     assert metrics["MSE"] == pytest.approx(metrics["bias"] ** 2, rel=1e-4)
+
+
+def weighted_metrics(m, a_hist, w_hist):
+    """The figures by a plain double loop over pairs of codes."""
+    a, w = (values_of(n, signed) for n, signed in zip(m.bits, (m.a_signed, m.w_signed), strict=True))
+    total = sum(a_hist) * sum(w_hist)
+    mae = mse = bias = wrong = relative = counted = 0.0
+    worst, worst_relative = 0, 0.0 if total else math.nan
+    for (i, x), (j, y) in itertools.product(enumerate(a), enumerate(w)):
+        share = a_hist[i] * w_hist[j] / total
+        if not share:
+            continue
+        e = int(m.table[i, j]) - x * y
+        mae, mse, bias = mae + share * abs(e), mse + share * e * e, bias + share * e
+        wrong += share * (e != 0)
+        worst = max(worst, abs(e))
+        if x * y:
+            counted += share
+            relative += share * abs(e / (x * y))
+            worst_relative = max(worst_relative, abs(e / (x * y)))
+    full = 2 ** sum(m.bits)
+    return {
+        "MAE": mae,
+        "MAE%": 100 * mae / full,
+        "WCE": worst,
+        "WCE%": 100 * worst / full,
+        "WCRE%": 100 * worst_relative if counted else math.nan,
+        "EP%": 100 * wrong,
+        "MRE%": 100 * relative / counted if counted else math.nan,
+        "MSE": mse,
+        "bias": bias,
+        "variance": mse - bias**2,
+    }
+
+
+def one_hot(codes, code):
+    return [int(i == code) for i in range(codes)]
+
+
+def near(expected):
+    return pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def half_wrong(bits, flags):
+    """About every second entry is off by up to 20."""
+    generator = np.random.default_rng(7)
+    error = generator.integers(-20, 21, (2 ** bits[0], 2 ** bits[1])) * generator.integers(0, 2, (1, 2 ** bits[1]))
+    return Multiplier(Multiplier.exact(bits, *flags).table.numpy() + error, a_signed=flags[0], w_signed=flags[1])
+
+
+@pytest.mark.parametrize(("bits", "flags"), list(itertools.product(BITS[:-1], FLAGS)), ids=str)
+def test_weighted_metrics_by_a_double_loop(bits, flags):
+    m = half_wrong(bits, flags)
+    generator = np.random.default_rng(1)
+    a_hist, w_hist = (generator.integers(0, 5, 2**n) for n in bits)
+    a_hist[1] = w_hist[1] = 3  # so that something is met
+    ones = [[1] * 2**n for n in bits]
+    for a, w in ((a_hist, w_hist), (a_hist, None), (None, w_hist)):
+        expected = weighted_metrics(m, *(o if h is None else h.tolist() for h, o in zip((a, w), ones, strict=True)))
+        assert m.metrics(a, w) == near(expected)
+        assert m.metrics(w_hist=w, a_hist=a) == m.metrics(a, w)
+        assert m.swap().metrics(w, a) == near(expected)
+
+
+@pytest.mark.parametrize("bits", [(2, 3), (8, 8)])
+def test_uniform_histograms_change_nothing(bits):
+    m = half_wrong(bits, (False, True))
+    plain = m.metrics()
+    sides = [2**n for n in bits]
+    for count in (1, 7, 0.1, 1e-300, 1e300, 2**62):
+        a, w = ([count] * side for side in sides)
+        for arguments in ((a, w), (a,), (None, w)):
+            assert m.metrics(*arguments) == pytest.approx(plain, rel=1e-12, abs=1e-12)
+    assert m.metrics(None, None) == plain
+
+
+@pytest.mark.parametrize(("code_a", "code_w"), [(0, 0), (3, 5), (7, 15), (7, 0)])
+def test_one_hot_histograms_pick_an_entry(code_a, code_w):
+    m = hostile((3, 4), (True, True), low=-1000, high=1000)
+    a, w = value_of(code_a, 3, True), value_of(code_w, 4, True)
+    e = int(m.table[code_a, code_w]) - a * w
+    metrics = m.metrics(one_hot(8, code_a), one_hot(16, code_w))
+    assert (metrics["MAE"], metrics["WCE"], metrics["bias"]) == (abs(e), abs(e), e)
+    assert (metrics["MSE"], metrics["variance"], metrics["EP%"]) == (e * e, 0, 100 * (e != 0))
+    relative = 100 * abs(e / (a * w)) if a * w else math.nan
+    assert (metrics["MRE%"], metrics["WCRE%"]) == near((relative, relative))
+
+
+def test_no_relative_error_where_every_pair_met_has_a_zero():
+    m = half_wrong((3, 4), (False, True))
+    metrics = m.metrics(one_hot(8, 0))
+    assert math.isnan(metrics["MRE%"])
+    assert math.isnan(metrics["WCRE%"])
+    others = {key: value for key, value in metrics.items() if key not in ("MRE%", "WCRE%")}
+    assert all(map(math.isfinite, others.values()))
+    assert metrics == near(weighted_metrics(m, one_hot(8, 0), [1] * 16))
+    exact = Multiplier.exact((3, 4)).metrics(one_hot(8, 0))
+    assert {key: value for key, value in exact.items() if value} == near({"WCRE%": math.nan, "MRE%": math.nan})
+
+
+def test_worst_cases_are_of_pairs_that_are_met():
+    table = Multiplier.exact(2, False, False).table.clone()
+    table[3, 3] += 100
+    table[1, 2] -= 4
+    m = unsigned(table)
+    assert m.metrics()["WCE"] == 100
+    metrics = m.metrics([1, 1, 1, 0], [1, 1, 1, 1e-12])
+    assert (metrics["WCE"], metrics["WCRE%"]) == (4, 200)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "convert",
+    [
+        tuple,
+        np.array,
+        lambda h: np.array(h, np.uint8),
+        lambda h: np.array(h, ">f4"),
+        lambda h: np.array(h, object),
+        lambda h: [np.float32(v) for v in h],
+        lambda h: np.repeat(np.array(h), 2)[::-2][::-1],
+        torch.tensor,
+        lambda h: torch.tensor(h, dtype=torch.bfloat16),
+        lambda h: torch.tensor(h, dtype=torch.float16),
+        lambda h: torch.tensor(h, dtype=torch.float32, requires_grad=True),
+        lambda h: torch.nn.Parameter(torch.tensor(h, dtype=torch.float64)),
+        lambda h: torch.tensor([h, h]).T[:, 0],
+        lambda h: torch.bincount(torch.tensor([code for code, n in enumerate(h) for _ in range(n)]), minlength=len(h)),
+    ],
+)
+def test_histograms_of_any_kind_of_numbers(convert):
+    m = half_wrong((2, 3), (True, False))
+    a_hist, w_hist = [3, 0, 1, 8], [0, 1, 2, 3, 4, 5, 6, 7]
+    assert m.metrics(convert(a_hist), convert(w_hist)) == near(weighted_metrics(m, a_hist, w_hist))
+
+
+def test_histograms_in_inference_mode():
+    m = half_wrong((2, 2), (True, False))
+    with torch.inference_mode():
+        assert m.metrics(torch.tensor([1, 2, 3, 4])) == near(weighted_metrics(m, [1, 2, 3, 4], [1] * 4))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("histogram", "message"),
+    [
+        ([1, 2, 3], r"one count a code, shape \(4,\), got \(3,\)"),
+        ([], r"shape \(4,\), got \(0,\)"),
+        (1, r"shape \(4,\), got \(\)"),
+        (np.ones((1, 4)), r"shape \(4,\), got \(1, 4\)"),
+        (torch.ones(4, 1), r"shape \(4,\), got \(4, 1\)"),
+        ([1, -1, 1, 1], "finite, not negative and not all zero, got values from -1.0 to 1.0"),
+        ([0, 0, 0, 0], "not all zero, got values from 0.0 to 0.0"),
+        ([1, math.nan, 1, 1], "finite, .* got values from nan"),
+        ([1, math.inf, 1, 1], "finite, .* to inf"),
+        (torch.tensor([1, math.inf, 1, 1]), "finite, .* to inf"),
+        ([1, None, 1, 1], "finite, .* got values from nan"),
+        ("1234", "hold numbers: got dtype <U4"),
+        (["1", "2", "3", "4"], "hold numbers: got dtype <U1"),
+        ([1j, 1, 1, 1], "hold numbers: got dtype complex128"),
+        (torch.ones(4, dtype=torch.complex64), "hold numbers: got dtype complex64"),
+        (torch.ones(4).to_sparse(), "hold numbers"),
+        (torch.ones(4, device="meta"), "hold numbers"),
+        ({0: 1, 1: 1, 2: 1, 3: 1}, "hold numbers"),
+        ([10**400, 1, 1, 1], "hold numbers"),
+        ([[1, 2], [3]], "hold numbers"),
+        (np.ones(4, "M8[s]"), "hold numbers: got dtype datetime64"),
+    ],
+)
+@pytest.mark.parametrize("which", ["a_hist", "w_hist"])
+def test_what_is_no_histogram_is_refused_by_name(which, histogram, message):
+    with pytest.raises(ValueError, match=f"^{which} must .*{message}"):
+        Multiplier.exact(2).metrics(**{which: histogram})
+
+
+def described(info=None, gradients=None):
+    return Multiplier(np.zeros((4, 8), int), a_signed=True, w_signed=False, name="m", info=info, gradients=gradients)
+
+
+@pytest.mark.parametrize(
+    ("info", "power"),
+    [
+        ({"power": "0.425 mW"}, 0.425),
+        ({"power": "301 uW"}, 0.301),
+        ({"power": "301µW"}, 0.301),  # micro sign
+        ({"power": "301 μW"}, 0.301),  # Greek mu
+        ({"power": "12e1 nW"}, 1.2e-4),
+        ({"power": " 2W "}, 2000),
+        ({"power": "0.425"}, 0.425),
+        ({"power": 0.425}, 0.425),
+        ({"power": 3}, 3),
+        ({"power": 1e-7}, 1e-7),
+        ({"power": 0}, 0),
+        ({"PDK45_PWR": "0.052 mW"}, 0.052),
+        ({"PWR": "0.1 mW", "PDK45_PWR": "0.2 mW"}, 0.2),
+        ({"PWR": "0.1 mW", "PDK45_PWR": "0.2 mW", "power": "0.3 mW"}, 0.3),
+        ({"power": "unknown", "PWR": "0.1 mW"}, 0.1),
+        ({"power": "3 dBm", "PWR": "0.1 mW"}, 0.1),
+        ({"power": "3 MW"}, None),
+        ({"power": "3 mw"}, None),
+        ({"power": "-3 mW"}, None),
+        ({"power": "1e999 mW"}, None),
+        ({"power": "1e308 W"}, None),
+        ({"power": "nan"}, None),
+        ({"power": "inf mW"}, None),
+        ({"power": "1.2.3 mW"}, None),
+        ({"power": "."}, None),
+        ({"power": "١ mW"}, None),
+        ({"power": True}, None),
+        ({"power": None}, None),
+        ({"power": [0.4]}, None),
+        ({"power": ""}, None),
+        ({"power": "9" * 10**6}, None),
+        ({"Power": 1}, None),
+        ({}, None),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_power_in_milliwatts(info, power):
+    assert described(info).power == (None if power is None else pytest.approx(power, rel=1e-12))
+
+
+def test_power_follows_info():
+    m = described()
+    assert m.power is None
+    m.info["power"] = "2 uW"
+    assert m.power == pytest.approx(0.002)
+
+
+def test_info_is_a_copy_of_what_json_holds():
+    inner = [1, 2.5, None, True, "ö"]
+    source = {"deep": {"list": inner}, "tuple": (1, 2)}
+    m = described(source)
+    assert m.info == {"deep": {"list": [1, 2.5, None, True, "ö"]}, "tuple": [1, 2]}
+    inner.append(3)
+    source["more"] = 1
+    assert m.info == {"deep": {"list": [1, 2.5, None, True, "ö"]}, "tuple": [1, 2]}
+    assert described().info == described({}).info == {}
+    assert described(types.MappingProxyType({"a": 1})).info == {"a": 1}
+    assert described().info is not described().info
+
+
+def endless():
+    info = {}
+    info["self"] = info
+    return info
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ([("a", 1)], "info must be a mapping with str keys, got \\[\\('a', 1\\)\\]"),
+        ("power", "mapping with str keys, got 'power'"),
+        ({1: 2}, "mapping with str keys, got {1: 2}"),
+        ({"a": math.nan}, "what JSON can"),
+        ({"a": math.inf}, "what JSON can"),
+        ({"a": np.float32(1)}, "what JSON can: .*float32"),
+        ({"a": {1, 2}}, "what JSON can: .*set"),
+        ({"a": b"1"}, "what JSON can: .*bytes"),
+        ({"a": {(1, 2): 3}}, "what JSON can"),
+        (endless(), "what JSON can"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_no_info_is_refused(info, message):
+    with pytest.raises(ValueError, match=message):
+        described(info)
+
+
+def test_info_and_gradients_take_no_part_in_equality():
+    plain = described()
+    other = described({"power": 1}, (np.ones((4, 8)), np.ones((4, 8))))
+    assert plain == other
+    assert hash(plain) == hash(other)
+    assert plain.content_hash == other.content_hash
+
+
+GRADIENTS = [[[i * 8 + j + 0.5 for j in range(8)] for i in range(4)], [[-j / 4 for j in range(8)] for i in range(4)]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda g: g,
+        np.array,
+        lambda g: np.array(g, ">f8"),
+        lambda g: np.asfortranarray(np.array(g, np.float16)),
+        lambda g: np.array(g)[::-1].copy()[::-1],
+        lambda g: np.frombuffer(np.array(g).tobytes()).reshape(4, 8),  # read-only
+        lambda g: [torch.tensor(row) for row in g],
+        torch.tensor,
+        lambda g: torch.tensor(g, dtype=torch.float64, requires_grad=True),
+        lambda g: torch.tensor(g, dtype=torch.float16),
+        lambda g: torch.tensor(g).T.contiguous().T,
+    ],
+)
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_gradients_of_any_kind_of_numbers(convert, pair):
+    m = described(gradients=pair(map(convert, GRADIENTS)))
+    assert isinstance(m.gradients, tuple)
+    for got, expected in zip(m.gradients, GRADIENTS, strict=True):
+        assert (got.dtype, got.device.type, got.is_contiguous(), got.requires_grad) == (
+            torch.float32, "cpu", True, False,
+        )  # fmt: skip
+        assert got.tolist() == expected
+    assert described().gradients is None
+
+
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+def test_gradients_and_their_sources_do_not_share(make):
+    source = make((4, 8), dtype={np.zeros: np.float32, torch.zeros: torch.float32}[make])
+    m = described(gradients=(source, source))
+    source += 1
+    assert not m.gradients[0].any()
+    m.gradients[0].fill_(3)
+    assert not m.gradients[1].any()
+    assert (source == 1).all()
+
+
+def test_gradients_made_in_inference_mode_can_be_written():
+    with torch.inference_mode():
+        m = described(gradients=(torch.ones(4, 8), np.ones((4, 8))))
+    for gradient in m.gradients:
+        assert not gradient.is_inference()
+        gradient.add_(1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        (np.ones((4, 8)), "pair of tables, got ndarray"),
+        (torch.ones(2, 4, 8), "pair of tables, got Tensor"),
+        ((np.ones((4, 8)),), "pair of tables"),
+        ((np.ones((4, 8)),) * 3, "pair of tables"),
+        ({"a": 1, "w": 2}, "pair of tables, got dict"),
+        ((np.ones((4, 8)), np.ones((8, 4))), r"table's shape \(4, 8\), got \(8, 4\)"),
+        ((np.ones(32), np.ones(32)), r"table's shape \(4, 8\), got \(32,\)"),
+        ((np.ones((4, 8)), np.full((4, 8), np.nan)), "finite"),
+        ((torch.full((4, 8), math.inf), torch.ones(4, 8)), "finite"),
+        ((np.full((4, 8), 1e300), np.ones((4, 8))), "finite in float32"),
+        ((None, np.ones((4, 8))), "hold numbers"),
+        ((np.full((4, 8), "1"), np.ones((4, 8))), "hold numbers: got dtype <U1"),
+        ((np.ones((4, 8), complex), np.ones((4, 8))), "hold numbers: got dtype complex128"),
+        ((torch.ones(4, 8, dtype=torch.complex64), torch.ones(4, 8)), "hold numbers: got dtype complex64"),
+        ((torch.ones(4, 8, device="meta"), torch.ones(4, 8)), "hold numbers"),
+        ((torch.ones(4, 8).to_sparse(), torch.ones(4, 8)), "hold numbers"),
+        (([[1, 2], [3]], np.ones((4, 8))), "hold numbers"),
+    ],
+    ids=str,
+)
+def test_what_are_no_gradients_is_refused(gradients, message):
+    with pytest.raises(ValueError, match=f"gradients must .*{message}"):
+        described(gradients=gradients)
+
+
+def test_swap_exchanges_the_gradients_and_keeps_info():
+    m = described({"power": "2 mW", "deep": [1]}, GRADIENTS)
+    swapped = m.swap()
+    for got, of in zip(swapped.gradients, (1, 0), strict=True):
+        assert got.tolist() == [list(column) for column in zip(*GRADIENTS[of], strict=True)]
+        assert got.is_contiguous()
+    assert (swapped.info, swapped.power, swapped.name) == (m.info, 2, "m_swapped")
+    swapped.info["deep"].append(2)
+    swapped.gradients[1].zero_()
+    assert m.info["deep"] == [1]
+    assert m.gradients[0].tolist() == GRADIENTS[0]
+    again = swapped.swap()
+    assert again.gradients[1].tolist() == GRADIENTS[1]
+    assert described().swap().gradients is None
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        *[lambda m, p=protocol: pickle.loads(pickle.dumps(m, p)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)],
+    ],
+    ids=["copy", "deepcopy", *[f"pickle{p}" for p in range(pickle.HIGHEST_PROTOCOL + 1)]],
+)
+def test_duplicates_keep_info_and_gradients_of_their_own(duplicate):
+    m = described({"power": "2 mW", "deep": [1]}, GRADIENTS)
+    twin = duplicate(m)
+    assert (twin.info, twin.power) == (m.info, 2)
+    assert [gradient.tolist() for gradient in twin.gradients] == GRADIENTS
+    twin.info["deep"].append(2)
+    for gradient in twin.gradients:
+        gradient.zero_()
+    assert m.info["deep"] == [1]
+    assert [gradient.tolist() for gradient in m.gradients] == GRADIENTS
+    assert duplicate(described()).gradients is None
+
+
+def test_sign_magnitude_is_another_circuit():
+    m = Multiplier(np.zeros((4, 4), int), a_signed=False, w_signed=False, info={"power": 1})
+    assert m.sign_magnitude().info == {}
+    assert m.sign_magnitude().gradients is None
 
 
 @pytest.fixture(scope="module")

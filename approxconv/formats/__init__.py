@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..multiplier import Multiplier
+from .c_model import CFunction, load_function
 from .errors import FormatError
 from .format import Format
 
-__all__ = ["FormatError", "list_formats", "load_multiplier", "save_multiplier"]
+__all__ = ["CFunction", "FormatError", "list_formats", "load_function", "load_multiplier", "save_multiplier"]
 
 # In the order in which contents are tried.
 _FORMATS: dict[str, Format] = {
@@ -20,6 +21,12 @@ _FORMATS: dict[str, Format] = {
         for name in (
             "npz",
             "npy",
+            "c_model",
+            "tfapprox",
+            "adapt",
+            "approxtorch",
+            "gradient_txt",
+            "csv_table",
         )
     )
 }
@@ -37,6 +44,7 @@ def load_multiplier(
     name: str | None = None,
     a_signed: bool | None = None,
     w_signed: bool | None = None,
+    bits: int | tuple[int, int] | None = None,
     order: str | None = None,
     swap: bool | None = None,
 ) -> Multiplier:
@@ -53,8 +61,10 @@ def load_multiplier(
     a_signed, w_signed : bool, optional
         Operand signedness of a bare table. Where it is not given, a file name as EvoApproxLib's says it (``mul8s_…`` is
         signed, ``mul8u_…`` is not), else the format's own default. A file that says it itself may not be contradicted.
+    bits : int or pair of int, optional
+        Operand widths of a C model whose name and types do not say them.
     order : {"activation_first", "weight_first"}, optional
-        Which operand the rows of a bare table belong to.
+        Which operand the rows of a bare table belong to; the activation unless given, but the weight in a ``.h``.
     swap : bool, optional
         Read the first parameter of a C model as the weight instead of the activation.
 
@@ -75,7 +85,7 @@ def load_multiplier(
     if not path.is_file():
         raise FileNotFoundError(f"no such multiplier file: {path}")
     chosen = _recognise(path) if format is None else _named(format)
-    given = {"a_signed": a_signed, "w_signed": w_signed, "order": order, "swap": swap}
+    given = {"a_signed": a_signed, "w_signed": w_signed, "bits": bits, "order": order, "swap": swap}
     options = _options(chosen, chosen.load, {key: value for key, value in given.items() if value is not None})
     multiplier = chosen.load(path, **options)
     multiplier.name = name if name is not None else multiplier.name or path.stem

@@ -89,6 +89,13 @@ def named_formats(stem: str) -> tuple[tuple[int, bool], tuple[int, bool]] | None
     return (a_bits, signed), (int(match["w"] or a_bits), signed)
 
 
+def operand_signs(path: Path, a_signed: bool | None, w_signed: bool | None, signed: bool) -> tuple[bool, bool]:
+    """Signedness of both operands: as given, else as a name like EvoApproxLib's says, else `signed`."""
+    named = named_formats(path.stem)
+    a_own, w_own = (named[0][1], named[1][1]) if named else (signed, signed)
+    return a_own if a_signed is None else a_signed, w_own if w_signed is None else w_signed
+
+
 def table_multiplier(
     table: np.ndarray,
     path: Path,
@@ -124,10 +131,7 @@ def table_multiplier(
         `order` is none of `ORDERS`.
     """
     weight_first = check_order(order) == "weight_first"
-    named = named_formats(path.stem)
-    flags = []
-    for given, operand in ((a_signed, 0), (w_signed, 1)):
-        flags.append(given if given is not None else named[operand][1] if named else signed)
+    flags = operand_signs(path, a_signed, w_signed, signed)
     tables = (table, *(gradients or ()))
     table, *slopes = (t.T if weight_first else t for t in tables)
     try:

@@ -1,0 +1,37 @@
+"""Tables as notebooks show them: readable on dark and light themes, every text escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+_CELL = "padding:2px 8px;text-align:left;background:transparent;border:0;border-bottom:1px solid currentColor"
+
+
+def html_table(rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> str:
+    """An HTML table; the first cell of every row is its title."""
+    head = "".join(f'<th scope="col" style="{_CELL}">{escape(text)}</th>' for text in heading)
+    body = "".join(_row([str(cell) for cell in row]) for row in rows)
+    return (
+        '<table style="border-collapse:collapse;background:transparent;margin:0.5em 0">'
+        f"{head and f'<thead><tr>{head}</tr></thead>'}<tbody>{body}</tbody></table>"
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *others = cells
+    data = "".join(f'<td style="{_CELL};overflow-wrap:anywhere">{escape(text)}</td>' for text in others)
+    return f'<tr style="background:transparent"><th scope="row" style="{_CELL}">{escape(first)}</th>{data}</tr>'
+
+
+def titled(title: str, *parts: str) -> str:
+    """A bold line above some HTML."""
+    return f'<div style="color:currentColor"><strong>{escape(title)}</strong>{"".join(parts)}</div>'
+
+
+def preformatted(text: str, marked: int | None = None) -> str:
+    """Text in a monospaced face, one of its lines marked."""
+    lines = [escape(line) for line in text.split("\n")]
+    if marked is not None and 0 <= marked < len(lines):
+        lines[marked] = f'<strong style="border-left:4px solid currentColor;padding-left:4px">{lines[marked]}</strong>'
+    return f'<pre style="background:transparent;color:currentColor;line-height:1.3">{chr(10).join(lines)}</pre>'
