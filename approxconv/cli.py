@@ -1,4 +1,4 @@
-"""The command line: ``approxconv demo``, ``list``, ``show``, ``convert``, ``compare``."""
+"""The command line: ``approxconv demo``, ``list``, ``show``, ``convert``, ``compare``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._display import printable
 from ._version import __version__
+from .diagnosis import doctor
 from .engines import select
-from .formats import list_formats, load_multiplier, save_multiplier
+from .formats import list_formats, load_multiplier, options_of, save_multiplier
 from .formats.format import ORDERS
 from .multiplier import Multiplier
 from .zoo import get_multiplier, list_multipliers
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LARGEST_SEED = 2**32 - 1
+_LONGEST_NAME, _LONGEST_MESSAGE = 60, 1000
 _COMPARED = ("MAE", "WCE", "EP%", "MRE%", "MSE", "bias")
 
 
@@ -39,8 +42,10 @@ class CommandError(Exception):
 def _multiplier(name_or_file: str, **options: Any) -> Multiplier:
     """A zoo name, or a file if there is one of that name."""
     path = Path(name_or_file)
-    if path.suffix or path.exists():
+    if path.suffix or path.is_file() or "/" in name_or_file:
         return load_multiplier(path, **options)
+    if options:
+        raise CommandError(f"{name_or_file} is a name of the zoo, not a file; it takes no --{', --'.join(options)}")
     return get_multiplier(name_or_file)
 
 
@@ -51,6 +56,7 @@ def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
         "format": arguments.format,
         "a_signed": signed[arguments.activation],
         "w_signed": signed[arguments.weight],
+        "bits": arguments.bits,
         "order": arguments.order,
         "swap": arguments.swap or None,
     }
@@ -95,7 +101,7 @@ def _figures_table(multipliers: Sequence[Multiplier], figures: Sequence[str]) ->
     for multiplier in multipliers:
         metrics, power = multiplier.metrics(), multiplier.power
         table.add_row(
-            Text(multiplier.name),
+            Text(printable(multiplier.name, _LONGEST_NAME)),
             f"{multiplier.a_format}×{multiplier.w_format}",
             *(_number(metrics[figure]) for figure in figures),
             "" if power is None else f"{power:.4g}",
@@ -112,8 +118,9 @@ def _number(value: float) -> str:
 
 
 def _aligned(lines: Mapping[str, Any]) -> str:
-    width = max(map(len, lines))
-    return "\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items())
+    shown = {printable(key, _LONGEST_NAME): printable(value, _LONGEST_MESSAGE) for key, value in lines.items()}
+    width = max(map(len, shown))
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in shown.items())
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -138,7 +145,9 @@ def _show(arguments: argparse.Namespace) -> None:
     from .pictures import heat_map_text
 
     console = _console()
-    heading = f"{multiplier.name}: activation {multiplier.a_format} × weight {multiplier.w_format}"
+    heading = (
+        f"{printable(multiplier.name, _LONGEST_NAME)}: activation {multiplier.a_format} × weight {multiplier.w_format}"
+    )
     console.print(Text(heading, style="bold"))
     console.print(Text(_aligned({key: _number(value) for key, value in multiplier.metrics().items()})))
     if multiplier.info:
@@ -157,14 +166,40 @@ def _convert(arguments: argparse.Namespace) -> None:
         multiplier.name = arguments.name
     options = {} if arguments.to_order is None else {"order": arguments.to_order}
     save_multiplier(multiplier, arguments.output, format=arguments.to, **options)
+    _check_reading_back(multiplier, arguments)
     if arguments.json:
         _print_json(_described(multiplier) | {"output": str(arguments.output)})
     else:
-        print(f"{arguments.output} written: {multiplier!r}")
+        print(printable(f"{arguments.output} written: {multiplier!r}", _LONGEST_MESSAGE))
+
+
+def _check_reading_back(multiplier: Multiplier, arguments: argparse.Namespace) -> None:
+    """Say so where the file just written will be read as something else unless it is told."""
+    options = {"format": arguments.to, "order": arguments.to_order}
+    options = {key: value for key, value in options.items() if value is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same = load_multiplier(arguments.output, **options) == multiplier
+    if not same:
+        signs = [
+            f"--{operand} {'' if signed else 'un'}signed"
+            for operand, signed in zip(
+                ("activation", "weight"), (multiplier.a_signed, multiplier.w_signed), strict=True
+            )
+        ]
+        warnings.warn(f"{arguments.output} does not say it all: read it with {' '.join(signs)}", stacklevel=1)
+
+
+def _fitting(name_or_file: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options for all files that this one takes: some may be zoo names, or of formats without them."""
+    path = Path(name_or_file)
+    if not path.is_file():
+        return {}
+    return {key: value for key, value in options.items() if key in ("format", *options_of(path, options.get("format")))}
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    multipliers = [_multiplier(each, **_reading(arguments)) for each in arguments.multipliers]
+    multipliers = [_multiplier(each, **_fitting(each, _reading(arguments))) for each in arguments.multipliers]
     if arguments.png is not None:
         from .pictures import compare
 
@@ -224,11 +259,25 @@ def _demo(arguments: argparse.Namespace) -> None:
         _print_json(report)
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    with Console(stderr=True).status("trying everything; the first time kernels are compiled, up to a minute"):
+        diagnosis = doctor()
+    if arguments.json:
+        _print_json(diagnosis.to_dict())
+    else:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(str(diagnosis).encode(encoding, "replace").decode(encoding))  # the marks are not in every code page
+    return 0 if diagnosis.ok else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="approxconv",
         description="Neural networks on approximate multipliers.",
-        epilog="example: approxconv show drum4_8u_8s. Exit codes: 0 done, 1 an error in the input, 2 wrong usage.",
+        epilog="example: approxconv show drum4_8u_8s. Exit codes: 0 done, 1 an error in the input, or "
+        "something that doctor says to mend, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"approxconv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -312,6 +361,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo_results"), help="folder for results.json and accuracy.png")
     demo.add_argument("--seed", type=_seed, default=0, help="of the split, the weights and the batches (default 0)")
     demo.add_argument("--quick", action="store_true", help="few multipliers, few epochs")
+
+    command(
+        "doctor",
+        _doctor,
+        "what works here, and the command that mends what does not",
+        "approxconv doctor",
+        "Try torch, CUDA, CuPy, NVRTC, the kernel cache and every op on every engine; say what works, and what mends "
+        "the rest. The exit code is 1 if something does not work that should work here.",
+    )
     return parser
 
 
@@ -320,28 +378,39 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--format", choices=list_formats(), metavar="FORMAT", help=f"one of {', '.join(list_formats())}"
     )
+    reading.add_argument("--bits", type=_bits, metavar="N|N,N", help="operand widths of a C model: activation, weight")
     for operand in ("activation", "weight"):
         reading.add_argument(f"--{operand}", choices=("signed", "unsigned"), help=f"how {operand} codes are read")
     reading.add_argument("--order", choices=ORDERS, help="which operand the rows of a table belong to")
     reading.add_argument("--swap", action="store_true", help="a C model's first parameter is the weight")
 
 
+def _bits(text: str) -> int | tuple[int, ...]:
+    """Widths as `load_multiplier` takes them."""
+    if re.fullmatch("[0-9]{1,2}(,[0-9]{1,2})?", text) is None:
+        raise argparse.ArgumentTypeError(f"must be a width or two, as in 8 or 8,4, got {text[:20]!r}")
+    widths = tuple(map(int, text.split(",")))
+    return widths if len(widths) == 2 else widths[0]
+
+
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"approxconv: warning: {message}", file=sys.stderr)
+    print(f"approxconv: warning: {printable(message, _LONGEST_MESSAGE)}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 1 after an error that is the input's (2: wrong usage)."""
+    """Run the command line; return the exit code: 0, or 1 after an error in the input or from doctor (2: usage)."""
     parsed = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _warn
-            parsed.run(parsed)
-        sys.stdout.flush()
+            code = parsed.run(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (CommandError, ValueError, OSError, ImportError) as error:
-        print(f"approxconv: error: {error}", file=sys.stderr)
+        print(f"approxconv: error: {printable(error, _LONGEST_MESSAGE)}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0

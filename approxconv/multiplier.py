@@ -177,12 +177,13 @@ def check_flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def _check_bits(bits: int | tuple[int, int]) -> tuple[int, int]:
+def check_bits(bits: Any, most: int = MAX_BITS) -> tuple[int, int]:
+    """``(a_bits, w_bits)`` of a width or a pair of them, or a ValueError that calls it bits."""
     pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
     if len(pair) != 2 or not all(
-        isinstance(n, int) and not isinstance(n, bool) and MIN_BITS <= n <= MAX_BITS for n in pair
+        isinstance(n, int) and not isinstance(n, bool) and MIN_BITS <= n <= most for n in pair
     ):
-        raise ValueError(f"bits must be an int from {MIN_BITS} to {MAX_BITS} or a pair of them, got {bits!r}")
+        raise ValueError(f"bits must be an int from {MIN_BITS} to {most} or a pair of them, got {bits!r}")
     return pair
 
 
@@ -297,7 +298,7 @@ class Multiplier:
         ValueError
             A width outside 2 to 8 bits or a flag that is no bool.
         """
-        return _exact(_check_bits(bits), check_flag("a_signed", a_signed), check_flag("w_signed", w_signed))
+        return _exact(check_bits(bits), check_flag("a_signed", a_signed), check_flag("w_signed", w_signed))
 
     @classmethod
     def from_function(
@@ -330,7 +331,7 @@ class Multiplier:
         """
         if not callable(fn):
             raise ValueError(f"fn must be callable, got {fn!r}")
-        a_bits, w_bits = _check_bits(bits)
+        a_bits, w_bits = check_bits(bits)
         a = operand_values(a_bits, check_flag("a_signed", a_signed))
         w = operand_values(w_bits, check_flag("w_signed", w_signed))
         a, w = (np.ascontiguousarray(v) for v in np.meshgrid(a, w, indexing="ij"))
@@ -360,15 +361,25 @@ class Multiplier:
         ----------
         text : str
             The source, as `approxconv.load_function` describes it.
-        bits, a_signed, w_signed, swap
-            As for `approxconv.load_multiplier`; by default the function's name (``mul8s_…``) or types say them.
+        bits : int or pair of int, optional
+            Widths, or ``(a_bits, w_bits)``; by default the function's name (``mul8s_…``) or types say them.
+        a_signed, w_signed : bool, optional
+            Operand signedness, likewise.
+        swap : bool
+            The first parameter is the weight, not the activation.
         name : str, optional
             Instead of the function's.
+
+        Returns
+        -------
+        Multiplier
 
         Raises
         ------
         FormatError
             The text is no such C; the message names line and construct.
+        ValueError
+            Another argument of a wrong type or out of its range.
 
         Examples
         --------
@@ -554,10 +565,12 @@ class Multiplier:
         Raises
         ------
         ValueError
-            The suffix is not ``.npz``.
+            The suffix is not ``.npz``, or the name or `info` is no Unicode or larger than a table.
         """
         from .formats.npz import save_npz
 
+        if Path(path).suffix.lower() != ".npz":
+            raise ValueError(f"path must end in .npz, got {path}")
         save_npz(self, path)
 
     def __eq__(self, other: object) -> bool:

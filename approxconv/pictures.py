@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._html import html_table
+from ._display import html_table, printable
 from .figures import printed_figures, probabilities
 from .multiplier import Multiplier, check_flag
 from .zoo import get_multiplier
@@ -45,15 +45,8 @@ _WIDEST = 1000
 _WIDELY = 30
 
 
-def _shown(text: object, longest: int) -> str:
-    """One printable line of at most `longest` characters of a text that may be anything."""
-    line = " ".join(str(text)[: 4 * longest].split())
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-    return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
 def _name(multiplier: Multiplier, longest: int) -> str:
-    return _shown(multiplier.name, longest) or "unnamed"
+    return printable(multiplier.name, longest) or "unnamed"
 
 
 def _error_by_value(multiplier: Multiplier, relative: bool = False) -> np.ndarray:
@@ -282,7 +275,7 @@ def to_html(multiplier: Multiplier) -> str:
         rows.append(("power", f"{multiplier.power:.4g} mW"))
     for key, value in list(multiplier.info.items())[:_MOST_INFO]:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-        rows.append((_shown(key, _LONGEST_KEY), _shown(text, _LONGEST_VALUE)))
+        rows.append((printable(key, _LONGEST_KEY), printable(text, _LONGEST_VALUE)))
     if len(multiplier.info) > _MOST_INFO:
         rows.append(("…", f"and {len(multiplier.info) - _MOST_INFO} more"))
     png = error_png(multiplier)
@@ -317,8 +310,7 @@ def compare(multipliers: Iterable[Multiplier | str], *, figure: str = "MRE%") ->
     """Draw multipliers by error and power, with the Pareto front: those that none beats in both.
 
     Multipliers whose `Multiplier.power` is None are bars beneath. Of more than 60 points only those of the front are
-    named. Needs matplotlib and adjustText, but no display; no
-    pyplot figure is opened.
+    named. Needs matplotlib and adjustText, but no display; no pyplot figure is opened.
 
     Parameters
     ----------

@@ -8,7 +8,8 @@ import pytest
 from approxconv import Multiplier, get_multiplier, list_multipliers, load_multiplier
 from approxconv.cli import main
 
-COMMANDS = ("list", "show", "convert", "compare", "demo")
+DIALECT = "unsigned f(unsigned a, unsigned b) { return a * b; }"
+COMMANDS = ("list", "show", "convert", "compare", "demo", "doctor")
 CIRCUIT = """// MAE = 0.25
 // PDK45_PWR = 0.425 mW
 uint8_t mul2u_T(const uint8_t B, const uint8_t A) { return (A * B) & 0xE; }
@@ -105,9 +106,8 @@ def test_convert_to_each_format_and_back(run, tmp_path, suffix):
     out = tmp_path / f"out{suffix}"
     said = run("convert", "trunc2_8u_8s", out)
     assert str(out) in said
-    signs = [] if suffix == ".npz" else ["--activation", "unsigned", "--weight", "signed"]
     order = ["--order", "weight_first"] if suffix == ".h" else []
-    described = json.loads(run("convert", out, tmp_path / "back.npz", "--name", "renamed", "--json", *signs, *order))
+    described = json.loads(run("convert", out, tmp_path / "back.npz", "--name", "renamed", "--json", *order))
     assert described["output"] == str(tmp_path / "back.npz")
     back = load_multiplier(tmp_path / "back.npz")
     assert back == get_multiplier("trunc2_8u_8s")
@@ -162,15 +162,57 @@ def test_names_are_shown_as_they_are(run, tmp_path):
     assert "[b]" in run("show", path)
 
 
+def test_a_folder_does_not_hide_a_zoo_name(run, tmp_path, monkeypatch):
+    (tmp_path / "drum4_8u").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "drum4_8u: activation uint8" in run("show", "drum4_8u")
+
+
+def test_options_for_files_only(run, fails, tmp_path, circuit):
+    assert "drum4_8u is a name of the zoo, not a file; it takes no --swap" in fails("show", "drum4_8u", "--swap")
+    assert "order is no option of format 'c_model'" in fails("show", circuit, "--order", "weight_first")
+    path = tmp_path / "lut.npy"
+    np.save(path, get_multiplier("bam_h2_v4_4u").table.numpy().astype(np.uint16).T)
+    described = json.loads(run("compare", "drum4_8u", circuit, path, "--order", "weight_first", "--json"))
+    assert described[2]["content_hash"] == get_multiplier("bam_h2_v4_4u").content_hash
+    path = tmp_path / "f.c"
+    path.write_text(DIALECT)
+    assert "bits=" in fails("show", path)
+    assert "f: activation uint4 × weight uint3" in run("show", path, "--bits", "4,3")
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_raw(run, fails, tmp_path):
+    path = tmp_path / "m.npz"
+    hostile = "a\x1b]0;title\x07\nb"
+    Multiplier.exact(2).save(path)
+    m = load_multiplier(path)
+    m.name, m.info = hostile, {hostile: hostile}
+    m.save(path)
+    for command in ("show", "compare"):
+        shown = run(command, path)
+        assert "\x1b" not in shown
+        assert "\x07" not in shown
+        assert "a�]0;title� b" in shown
+    assert fails("show", tmp_path / "no\nsuch.npz").count("\n") == 1
+
+
+def test_convert_says_how_to_read_back_what_does_not_tell(tmp_path, capsys):
+    m = Multiplier(np.arange(16).reshape(4, 4) % 5 - 2, a_signed=False, w_signed=True, name="m")
+    m.save(tmp_path / "m.npz")
+    assert main(["convert", str(tmp_path / "m.npz"), str(tmp_path / "m.csv")]) == 0
+    assert "read it with --activation unsigned --weight signed" in capsys.readouterr().err
+    assert load_multiplier(tmp_path / "m.csv", a_signed=False, w_signed=True) == m
+
+
 @pytest.mark.parametrize("command", ["show", "compare", "convert"])
 def test_what_is_not_there(fails, command, tmp_path):
     out = [tmp_path / "out.npz"] if command == "convert" else []
     assert "no multiplier 'drm4_8u'; did you mean" in fails(command, "drm4_8u", *out)
-    assert "no such multiplier file" in fails(command, tmp_path / "none.npz", *out)
+    assert "no such file" in fails(command, tmp_path / "none.npz", *out)
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"PK\x03\x04")
     assert str(broken) in fails(command, broken, *out)
-    assert "no such multiplier file" in fails(command, tmp_path / ".", *out)
+    assert "not a regular file" in fails(command, f"{tmp_path}/", *out)
     assert list(tmp_path.iterdir()) == [broken]
 
 
@@ -200,6 +242,7 @@ def test_help_shows_an_example(command, capsys):
         ["show", "drum4_8u", "--format", "pickle"],
         ["show", "drum4_8u", "--order", "rows"],
         ["list", "--nope"],
+        ["show", "drum4_8u", "--bits", "8x8"],
     ],
     ids=" ".join,
 )

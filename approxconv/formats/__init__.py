@@ -9,9 +9,17 @@ from typing import Any
 from ..multiplier import Multiplier
 from .c_model import CFunction, load_function
 from .errors import FormatError
-from .format import Format
+from .format import Format, require_file
 
-__all__ = ["CFunction", "FormatError", "list_formats", "load_function", "load_multiplier", "save_multiplier"]
+__all__ = [
+    "CFunction",
+    "FormatError",
+    "list_formats",
+    "load_function",
+    "load_multiplier",
+    "options_of",
+    "save_multiplier",
+]
 
 # In the order in which contents are tried.
 _FORMATS: dict[str, Format] = {
@@ -37,6 +45,20 @@ def list_formats() -> dict[str, tuple[str, ...]]:
     return {name: each.suffixes for name, each in _FORMATS.items()}
 
 
+def options_of(path: str | Path, format: str | None = None) -> list[str]:
+    """The options that `load_multiplier` takes for a file, by its format.
+
+    Raises
+    ------
+    FormatError, FileNotFoundError, ValueError
+        As by `load_multiplier`.
+    """
+    path = Path(path)
+    require_file(path)
+    chosen = _recognise(path) if format is None else _named(format)
+    return chosen.options(chosen.load)
+
+
 def load_multiplier(
     path: str | Path,
     *,
@@ -60,7 +82,8 @@ def load_multiplier(
         Instead of the file's own name, or of the file name.
     a_signed, w_signed : bool, optional
         Operand signedness of a bare table. Where it is not given, a file name as EvoApproxLib's says it (``mul8s_…`` is
-        signed, ``mul8u_…`` is not), else the format's own default. A file that says it itself may not be contradicted.
+        signed, ``mul8u_…`` is not), else the reading in which the table resembles products, else, with a warning, the
+        format's own default. A file that says it itself may not be contradicted.
     bits : int or pair of int, optional
         Operand widths of a C model whose name and types do not say them.
     order : {"activation_first", "weight_first"}, optional
@@ -77,13 +100,18 @@ def load_multiplier(
     FormatError
         The file does not hold what its format says; the message names the file, the place and what was expected.
     FileNotFoundError
-        There is no such file.
+        There is no such regular file.
     ValueError
         An option that the format does not take or a value that it does not have.
+
+    Warns
+    -----
+    UserWarning
+        Nothing tells whether the operands are signed, or whose the rows of a ``.h`` are; the header of a C model states
+        other figures than its circuit has; a ``.h`` has the mistake of a known converter.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such multiplier file: {path}")
+    require_file(path)
     chosen = _recognise(path) if format is None else _named(format)
     given = {"a_signed": a_signed, "w_signed": w_signed, "bits": bits, "order": order, "swap": swap}
     options = _options(chosen, chosen.load, {key: value for key, value in given.items() if value is not None})

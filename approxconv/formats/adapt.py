@@ -41,7 +41,7 @@ _SIZED_TYPE = re.compile(r"\b(u?)int(8|16|32)_t\b")
 def load_adapt(
     path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
 ) -> Multiplier:
-    """Read a ``.h`` table; its operands are signed unless it is of an unsigned type or something else says it.
+    """Read a ``.h`` table; where nothing tells, its operands are signed unless it is of an unsigned type.
 
     Warns
     -----
@@ -49,7 +49,9 @@ def load_adapt(
         `order` is not given and matters, or the quadrant of two negative operands is the converter's mistake.
     """
     table, unsigned = _read_array(read_text(path, _MAX_BYTES), path)
-    a_signed, w_signed = operand_signs(path, a_signed, w_signed, signed=not unsigned)
+    weight_first = order is None or check_order(order) == "weight_first"
+    by_activation = table.T if weight_first else table
+    a_signed, w_signed = operand_signs(path, a_signed, w_signed, not unsigned, lambda a, w: by_activation)
     if order is None and not np.array_equal(table, table.T):
         warnings.warn(
             f"{path}: a .h does not say which operand its rows are, and this table is not symmetric; taken as AdaPT's "
@@ -62,15 +64,15 @@ def load_adapt(
             "absolute values, as the converter of AdaPT and TransAxx writes them; make the table from the circuit anew",
             stacklevel=3,
         )
-    order = "weight_first" if order is None else order
-    return table_multiplier(table, path, a_signed=a_signed, w_signed=w_signed, order=order)
+    return table_multiplier(by_activation, path, a_signed=a_signed, w_signed=w_signed)
 
 
 def _has_mistaken_quadrant(table: np.ndarray) -> bool:
     """Whether the quadrant of two negative operands is ``table[|a|, |w|]`` with |−128| taken for −128.
 
     Sign-magnitude multipliers and those that cut low bits of the product rightly repeat the quadrant of two positive
-    operands, so that alone proves nothing; that −128·−w is the negative −128·w does.
+    operands, so that alone proves nothing; that −128·−w is the negative −128·w does. In tables of hardly any products but
+    0 the mistake may go unnoticed.
     """
     half = table.shape[0] // 2
     if table.shape != (2**MAX_BITS, 2**MAX_BITS):

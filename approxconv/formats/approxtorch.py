@@ -22,15 +22,15 @@ _MAX_BYTES = 2**21
 def load_approxtorch(
     path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
 ) -> Multiplier:
-    """Read a ``.txt`` table; its operands are signed where an entry is negative, unless something else says it."""
+    """Read a ``.txt`` table; where nothing tells, its operands are signed if an entry is negative."""
     weight_first = check_order(order) == "weight_first"
     numbers = parse_integers(read_text(path, _MAX_BYTES), path, most=4**MAX_BITS)
     numbers.check_width(path)
     side = square_side(path, numbers.values.size)
     table = numbers.values.reshape(side, side)
-    a_signed, w_signed = operand_signs(path, a_signed, w_signed, signed=bool(table.min() < 0))
-    table = _shifted(table, *((w_signed, a_signed) if weight_first else (a_signed, w_signed)))
-    return table_multiplier(table, path, a_signed=a_signed, w_signed=w_signed, order=order)
+    table = table.T if weight_first else table
+    signs = operand_signs(path, a_signed, w_signed, bool(table.min() < 0), lambda a, w: _shifted(table, a, w))
+    return table_multiplier(_shifted(table, *signs), path, a_signed=signs[0], w_signed=signs[1])
 
 
 def save_approxtorch(multiplier: Multiplier, path: Path, *, order: str | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..figures import parse_quantity
-from ..multiplier import MAX_BITS, MIN_BITS, Multiplier, check_flag, operand_range, operand_values
+from ..multiplier import MAX_BITS, MIN_BITS, Multiplier, check_bits, check_flag, operand_range, operand_values
 from .c_arithmetic import (
     BINARY_OPERATORS,
     BOOL,
@@ -29,7 +29,7 @@ from .c_arithmetic import (
     unary,
 )
 from .errors import FormatError
-from .format import Format, line_at, named_formats, read_bytes
+from .format import Format, line_at, named_formats, read_bytes, require_file
 
 if TYPE_CHECKING:
     from pycparser import c_ast
@@ -246,10 +246,13 @@ def load_function(
     ------
     FormatError
         The file is no such C; the message names line and construct.
+    FileNotFoundError
+        There is no such regular file.
     ValueError
-        `bits` out of range.
+        Another argument of a wrong type or out of its range.
     """
     path = Path(path)
+    require_file(path)
     function = _function(path, _read(path), bits, a_signed, w_signed, swap)
     function(*(np.zeros(1, int) for _ in function.bits))  # says now what in it cannot be evaluated
     return function
@@ -267,7 +270,7 @@ def _function(
     w_signed: bool | None,
     swap: bool,
 ) -> CFunction:
-    widths = None if bits is None else _check_widths(bits)
+    widths = None if bits is None else check_bits(bits, MAX_FUNCTION_BITS)
     for flag, value in (("a_signed", a_signed), ("w_signed", w_signed), ("swap", swap)):
         if value is not None:
             check_flag(flag, value)
@@ -308,15 +311,6 @@ def _function(
         wires=min(sum(widths), program.returns.bits) if cut else None,
         info={match[1]: match[2].strip() for line, match in comments if line < program.line},
     )
-
-
-def _check_widths(bits: Any) -> tuple[int, int]:
-    pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-    if len(pair) != 2 or not all(
-        isinstance(n, int) and not isinstance(n, bool) and MIN_BITS <= n <= MAX_FUNCTION_BITS for n in pair
-    ):
-        raise ValueError(f"bits must be an int from {MIN_BITS} to {MAX_FUNCTION_BITS} or a pair of them, got {bits!r}")
-    return pair
 
 
 def load_c_model(
@@ -701,4 +695,4 @@ def _looks_like_c(head: bytes) -> bool:
     return re.search(rb"\b\w{1,64}\s+\w{1,64}\s*\([^(){};]{3,400}\)\s*\{", head) is not None
 
 
-FORMAT = Format("c_model", (".c", ".h"), load_c_model, _looks_like_c)
+FORMAT = Format("c_model", (".c",), load_c_model, _looks_like_c)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, Multiplier
+from ..multiplier import MAX_BITS, MIN_BITS, Multiplier, operand_values
 from .errors import FormatError
 
+_SIDES = [2**bits for bits in range(MIN_BITS, MAX_BITS + 1)]
+_LEAST_LIKENESS, _LEAST_LEAD = 0.8, 0.05
 ORDERS = ("activation_first", "weight_first")
 _EVOAPPROX_NAME = re.compile(r"mul(?P<a>[0-9]{1,2})(?:x(?P<w>[0-9]{1,2}))?(?P<sign>[us])_")
 
@@ -47,6 +50,12 @@ class Format:
     def options(self, function: Callable[..., object]) -> list[str]:
         """Names of the options that `load` or `save` takes."""
         return [p.name for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def require_file(path: Path) -> None:
+    """Raise a FileNotFoundError unless `path` is a regular file; a pipe or a device may never end."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{'not a regular file' if path.exists() else 'no such file'}: {path}")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -89,11 +98,67 @@ def named_formats(stem: str) -> tuple[tuple[int, bool], tuple[int, bool]] | None
     return (a_bits, signed), (int(match["w"] or a_bits), signed)
 
 
-def operand_signs(path: Path, a_signed: bool | None, w_signed: bool | None, signed: bool) -> tuple[bool, bool]:
-    """Signedness of both operands: as given, else as a name like EvoApproxLib's says, else `signed`."""
+def operand_signs(
+    path: Path,
+    a_signed: bool | None,
+    w_signed: bool | None,
+    default: bool,
+    reading: Callable[[bool, bool], np.ndarray],
+) -> tuple[bool, bool]:
+    """Signedness of both operands of a file that does not say it.
+
+    As given, else as a name like EvoApproxLib's says, else the reading in which the table resembles products.
+
+    Parameters
+    ----------
+    path : Path
+        For the name and for messages.
+    a_signed, w_signed : bool or None
+        As given by the user, or by what else the file has.
+    default : bool
+        Of both operands, where nothing tells.
+    reading : callable
+        ``reading(a_signed, w_signed)`` is the table by code, ``[activation, weight]``, if the operands are such.
+
+    Warns
+    -----
+    UserWarning
+        Nothing tells.
+    """
     named = named_formats(path.stem)
-    a_own, w_own = (named[0][1], named[1][1]) if named else (signed, signed)
-    return a_own if a_signed is None else a_signed, w_own if w_signed is None else w_signed
+    if named is not None:
+        a_signed = named[0][1] if a_signed is None else a_signed
+        w_signed = named[1][1] if w_signed is None else w_signed
+    candidates = [
+        (a, w)
+        for a in ((False, True) if a_signed is None else (a_signed,))
+        for w in ((False, True) if w_signed is None else (w_signed,))
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    likeness = {signs: _likeness(reading(*signs), *signs) for signs in candidates}
+    best, second, *_ = sorted(candidates, key=likeness.__getitem__, reverse=True)
+    if likeness[best] >= _LEAST_LIKENESS and likeness[best] - likeness[second] >= _LEAST_LEAD:
+        return best
+    chosen = default if a_signed is None else a_signed, default if w_signed is None else w_signed
+    names = " × ".join("signed" if signed else "unsigned" for signed in chosen)
+    warnings.warn(
+        f"{path}: neither its name nor its entries tell whether its operands are signed; taken as {names}: say "
+        "a_signed= and w_signed=",
+        stacklevel=4,
+    )
+    return chosen
+
+
+def _likeness(table: np.ndarray, a_signed: bool, w_signed: bool) -> float:
+    """Cosine of the angle between a table and the exact products of its operands; 0 if it is no table."""
+    if table.ndim != 2 or not all(side in _SIDES for side in table.shape) or not np.isfinite(table).all():
+        return 0.0
+    bits = [side.bit_length() - 1 for side in table.shape]
+    exact = np.multiply.outer(operand_values(bits[0], a_signed), operand_values(bits[1], w_signed)).astype(float)
+    entries = table.astype(float)
+    size = np.sqrt((entries**2).sum() * (exact**2).sum())
+    return float((entries * exact).sum() / size) if size > 0 else 0.0
 
 
 def table_multiplier(
@@ -119,7 +184,7 @@ def table_multiplier(
     order : str or None
         One of `ORDERS`; None means the first.
     signed : bool
-        Signedness where neither the user nor the file name says it.
+        Of both operands where nothing tells, see `operand_signs`.
     gradients : pair of numpy.ndarray, optional
         By activation and by weight, ordered as the table is.
 
@@ -131,9 +196,8 @@ def table_multiplier(
         `order` is none of `ORDERS`.
     """
     weight_first = check_order(order) == "weight_first"
-    flags = operand_signs(path, a_signed, w_signed, signed)
-    tables = (table, *(gradients or ()))
-    table, *slopes = (t.T if weight_first else t for t in tables)
+    table, *slopes = (t.T if weight_first else t for t in (table, *(gradients or ())))
+    flags = operand_signs(path, a_signed, w_signed, signed, lambda a, w: table)
     try:
         return Multiplier(table, a_signed=flags[0], w_signed=flags[1], gradients=tuple(slopes) or None)
     except ValueError as error:

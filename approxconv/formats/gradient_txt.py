@@ -47,7 +47,7 @@ def load_gradient_txt(
 ) -> Multiplier:
     """Read a table, and its gradients where the file has them.
 
-    The operands are signed where a product is negative, unless something else says it.
+    Where nothing tells, the operands are signed if a product is negative.
     """
     weight_first = check_order(order) == "weight_first"
     text = read_text(path, _MAX_BYTES)

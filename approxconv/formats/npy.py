@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,7 +12,7 @@ from numpy.lib import format as npy_format
 
 from ..multiplier import MAX_BITS, Multiplier
 from .errors import FormatError
-from .format import Format, check_order, table_multiplier
+from .format import Format, check_order, read_bytes, table_multiplier
 
 MAX_BYTES = 8 * 4**MAX_BITS + 2**16  # the largest table in the widest dtype, and a generous header
 _MAGIC = b"\x93NUMPY"
@@ -22,12 +24,13 @@ def read_array(file: BinaryIO, path: Path) -> np.ndarray:
         major, _ = npy_format.read_magic(file)
         read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
-    except (ValueError, EOFError, OSError, MemoryError, SyntaxError, TypeError, UnicodeError, RecursionError) as error:
+    except Exception as error:  # NumPy parses the header as Python, which a hostile one makes fail in many ways
         raise FormatError(path, f"must start with a .npy header ({error})") from None
     if dtype.hasobject or dtype.kind not in "iuf":
         raise FormatError(path, f"must hold numbers, got dtype {dtype}")
-    size = int(np.prod(shape, dtype=object)) if shape else 1
-    if len(shape) > 2 or size < 0 or size * dtype.itemsize > MAX_BYTES:
+    whole = all(type(side) is int and 0 <= side <= MAX_BYTES for side in shape)
+    size = math.prod(shape)
+    if len(shape) > 2 or not whole or size * dtype.itemsize > MAX_BYTES:
         raise FormatError(
             path, f"must hold a table of at most {2**MAX_BITS}×{2**MAX_BITS} entries, its header says {shape}"
         )
@@ -38,7 +41,7 @@ def read_array(file: BinaryIO, path: Path) -> np.ndarray:
 
 
 def bare_table(table: np.ndarray, path: Path, **options: Any) -> Multiplier:
-    """A multiplier from its table alone; an unsigned dtype means unsigned operands where nothing else says it."""
+    """A multiplier from its table alone; where nothing else tells, an unsigned dtype means unsigned operands."""
     return table_multiplier(table, path, signed=table.dtype.kind != "u", **options)
 
 
@@ -46,10 +49,10 @@ def load_npy(
     path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
 ) -> Multiplier:
     """Read a ``.npy`` table."""
-    with path.open("rb") as file:
-        table = read_array(file, path)
-        if file.read(1):
-            raise FormatError(path, "must end after its data, got more bytes")
+    file = BytesIO(read_bytes(path, MAX_BYTES))
+    table = read_array(file, path)
+    if file.read(1):
+        raise FormatError(path, "must end after its data, got more bytes")
     return bare_table(table, path, a_signed=a_signed, w_signed=w_signed, order=order)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -12,26 +11,25 @@ import numpy as np
 
 from ..multiplier import Multiplier
 from .errors import FormatError
-from .format import Format
+from .format import Format, read_bytes
 from .npy import MAX_BYTES, bare_table, read_array
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "table", "a_signed", "w_signed", "name", "hash")
+_MAX_ARCHIVE_BYTES = 9 * MAX_BYTES
 _GRADIENTS = ("a_gradient", "w_gradient")
 _MEMBERS = (*_KEYS, "info", *_GRADIENTS)
 
 
 def save_npz(multiplier: Multiplier, path: str | Path) -> None:
-    """Write `multiplier` to `path`, which must end in ``.npz``, in upper or lower case.
+    """Write `multiplier` to `path`.
 
     Raises
     ------
     ValueError
-        Another suffix, or a name or info that is no Unicode or larger than a table.
+        A name or info that is no Unicode or larger than a table.
     """
     path = Path(path)
-    if path.suffix.lower() != ".npz":
-        raise ValueError(f"path must end in .npz, got {path}")
     info = json.dumps(multiplier.info, ensure_ascii=False).encode()
     if len(info) > MAX_BYTES // 2:
         raise ValueError(f"info must be at most {MAX_BYTES // 2:,} bytes as JSON, got {len(info):,}")
@@ -53,12 +51,13 @@ def save_npz(multiplier: Multiplier, path: str | Path) -> None:
 def _read_members(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a zip of ``.npy`` members, read in memory, each of bounded size; nothing is unpacked to disk."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(BytesIO(read_bytes(path, _MAX_ARCHIVE_BYTES))) as archive:
             infos = archive.infolist()
             if not 1 <= len(infos) <= len(_MEMBERS):
                 raise FormatError(path, f"must hold 1 to {len(_MEMBERS)} arrays, got {len(infos)}")
             arrays = {}
             for info in infos:
+                _check_member(info, arrays, path)
                 with archive.open(info) as member:
                     data = member.read(MAX_BYTES + 1)
                 if len(data) > MAX_BYTES:
@@ -67,17 +66,21 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
                     )
                 arrays[info.filename.removesuffix(".npy")] = read_array(BytesIO(data), path)
             return arrays
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        RuntimeError,
-        NotImplementedError,
-        UnicodeError,
-        OverflowError,
-    ) as error:
+    except FormatError:
+        raise
+    except Exception as error:  # zipfile trusts the sizes and offsets in the file, and fails in many ways
         raise FormatError(path, f"must be a zip archive of .npy arrays ({error})") from None
+
+
+def _check_member(info: zipfile.ZipInfo, before: dict[str, np.ndarray], path: Path) -> None:
+    """Refuse a member that NumPy would not have written, before any of it is read."""
+    name = info.filename
+    if not name.endswith(".npy") or set(name) & set("/\\:") or ".." in name or name.removesuffix(".npy") in before:
+        raise FormatError(
+            path, f"its members must have different names that end in .npy, without a folder, got {name!r:.80}"
+        )
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate whole blocks at once
+        raise FormatError(path, f"{name} must be stored or deflated, got compression type {info.compress_type}")
 
 
 def load_npz(

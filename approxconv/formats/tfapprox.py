@@ -23,13 +23,18 @@ _LIKENESS = 0.9
 def load_tfapprox(
     path: Path, *, a_signed: bool | None = None, w_signed: bool | None = None, order: str | None = None
 ) -> Multiplier:
-    """Read a ``.bin`` table; its entries are int16 if an operand is signed, else uint16."""
-    a_signed, w_signed = operand_signs(path, a_signed, w_signed, signed=False)
+    """Read a ``.bin`` table; its entries are int16 if an operand is signed, else uint16. Unsigned if nothing tells."""
+    weight_first = check_order(order) == "weight_first"
     data = read_bytes(path, _BYTES)
     if len(data) != _BYTES:
         raise FormatError(path, f"must be exactly {_BYTES:,} bytes long, {_SIDE}×{_SIDE} uint16, got {len(data):,}")
-    table = np.frombuffer(data, "<i2" if a_signed or w_signed else "<u2").reshape(_SIDE, _SIDE)
-    return table_multiplier(table, path, a_signed=a_signed, w_signed=w_signed, order=order)
+
+    def reading(a_signed: bool, w_signed: bool) -> np.ndarray:
+        table = np.frombuffer(data, "<i2" if a_signed or w_signed else "<u2").reshape(_SIDE, _SIDE)
+        return table.T if weight_first else table
+
+    a_signed, w_signed = operand_signs(path, a_signed, w_signed, False, reading)
+    return table_multiplier(reading(a_signed, w_signed), path, a_signed=a_signed, w_signed=w_signed)
 
 
 def save_tfapprox(multiplier: Multiplier, path: Path, *, order: str | None = None) -> None:

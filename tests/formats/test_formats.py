@@ -1,12 +1,17 @@
 import contextlib
 import io
+import os
 import struct
+import tracemalloc
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from approxconv.formats import FormatError, load_multiplier
+from approxconv.formats import FormatError, load_function, load_multiplier
 from approxconv.multiplier import Multiplier
 from approxconv.zoo import get_multiplier
 
@@ -243,12 +248,87 @@ def test_a_member_that_inflates_beyond_a_table_is_refused(refused):
     refused(bomb, ".npz", "expected|at most")
 
 
-def test_nothing_in_an_archive_is_written_to_disk(tmp_path):
-    folder = tmp_path / "inner"
-    folder.mkdir()
-    path = folder / "hostile.npz"
-    path.write_bytes(archive({"../escaped.npy": npy(np.zeros((4, 4), np.int32))}))
-    with contextlib.suppress(FormatError):
+@pytest.mark.parametrize(
+    "name", ["../escaped.npy", "/etc/x.npy", "a/b.npy", "a\\b.npy", "c:x.npy", "...npy", "lut", ".."]
+)
+def test_members_that_are_no_names_are_refused(refused, tmp_path, name):
+    refused(archive({name: npy(np.zeros((4, 4), np.int32))}), ".npz", "members")
+    assert [p.name for p in tmp_path.iterdir()] == ["hostile.npz"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_refused(refused):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for fill in (1, 2):
+            file.writestr("a.npy", npy(np.full((4, 4), fill)))
+    refused(buffer.getvalue(), ".npz", "different names")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_that_inflates_whole_blocks_is_refused(refused, compression):
+    refused(archive({"lut.npy": npy(np.zeros((4, 4), np.int32))}, compression), ".npz", "stored or deflated")
+
+
+@pytest.mark.parametrize("length", [2**31 - 9, 2 * 10**9])
+def test_a_header_that_claims_gigabytes_is_refused_in_little_memory(tmp_path, length):
+    path = tmp_path / "sparse.npy"
+    with path.open("wb") as file:
+        file.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", length))
+        file.truncate(length + 100)
+    tracemalloc.start()
+    with pytest.raises(FormatError, match=r"at most .* bytes long"):
         load_multiplier(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["inner"]
-    assert [p.name for p in folder.iterdir()] == ["hostile.npz"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["(True, 4)", "(-4, -4)", "(4, -4)", "(999999999999999999999999999999, 0)", "(4, 4.0)", "4", "('4', 4)", "()"],
+)
+def test_npy_shapes_that_are_none(refused, shape):
+    refused(raw_npy(shape, bytes(64)), ".npy", "hostile")
+    refused(archive({"lut.npy": raw_npy(shape, bytes(64))}), ".npz", "hostile")
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_arrays_end_in_a_multiplier_or_a_format_error(tmp_path, data):
+    seed = data.draw(st.sampled_from(range(3)))
+    original = [
+        npy(np.arange(16, dtype=np.int16).reshape(4, 4)),
+        archive({"lut.npy": npy(np.arange(16).reshape(4, 4))}, zipfile.ZIP_STORED),
+        archive({"lut.npy": npy(np.arange(16).reshape(4, 4))}),
+    ][seed]
+    content = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    path = tmp_path / ("fuzz.npy" if seed == 0 else "fuzz.npz")
+    path.write_bytes(content)
+    with contextlib.suppress(FormatError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_multiplier(path)
+
+
+def test_signs_are_told_by_the_entries_where_they_resemble_products(tmp_path):
+    for name in ("drum4_8u_8s", "drum4_8s", "trunc4_8s_8u", "mitchell_4u", "bam_h2_v8_8u", "exact_2s", "trunc6_8u_8s"):
+        m = get_multiplier(name)
+        for dtype in (np.int32, np.int64):
+            np.save(tmp_path / "lut.npy", m.table.numpy().astype(dtype))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert load_multiplier(tmp_path / "lut.npy") == m
+    np.save(tmp_path / "lut.npy", np.arange(16).reshape(4, 4) % 5 - 2)
+    with pytest.warns(UserWarning, match=r"lut\.npy: neither .* tell .* taken as signed × signed: say a_signed="):
+        load_multiplier(tmp_path / "lut.npy")
+
+
+def test_pipes_and_folders_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        for load in (load_multiplier, load_function):
+            with pytest.raises(FileNotFoundError, match=f"not a regular file: {path}"):
+                load(path)

@@ -413,7 +413,7 @@ def test_no_signed_multiplier_of_the_zoo_is_taken_for_mistaken(tmp_path):
         for name in names[::5]:
             m = get_multiplier(name)
             save_multiplier(m, path, order="weight_first")
-            assert load_multiplier(path, order="weight_first") == m
+            assert load_multiplier(path, order="weight_first", a_signed=True, w_signed=True) == m
 
 
 def test_the_quadrant_matters_only_where_both_operands_are_signed(write):

@@ -1,11 +1,26 @@
-"""Tables as notebooks show them: readable on dark and light themes, every text escaped."""
+"""What terminals and notebooks show: printable, escaped, readable on dark and light themes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 _CELL = "padding:2px 8px;text-align:left;background:transparent;border:0;border-bottom:1px solid currentColor"
+
+
+def printable(text: object, longest: int) -> str:
+    """One printable line of at most `longest` characters of a text that may be anything."""
+    line = " ".join(str(text)[: 4 * longest].split())
+    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+class Shown:
+    """Shows as its ``str`` in IPython's terminal; subclasses add HTML for notebooks."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
 
 def html_table(rows: Iterable[Sequence[object]], heading: Sequence[str] = ()) -> str:
@@ -34,4 +49,5 @@ def preformatted(text: str, marked: int | None = None) -> str:
     lines = [escape(line) for line in text.split("\n")]
     if marked is not None and 0 <= marked < len(lines):
         lines[marked] = f'<strong style="border-left:4px solid currentColor;padding-left:4px">{lines[marked]}</strong>'
-    return f'<pre style="background:transparent;color:currentColor;line-height:1.3">{chr(10).join(lines)}</pre>'
+    style = "background:transparent;color:currentColor;font-family:monospace;line-height:1.3"
+    return f'<pre style="{style}">{chr(10).join(lines)}</pre>'
