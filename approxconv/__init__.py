@@ -2,6 +2,7 @@
 
 from . import nn, operators
 from ._version import __version__
+from .diagnosis import doctor
 from .engines import EngineError, use_engine
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
@@ -18,6 +19,7 @@ __all__ = [
     "approximate",
     "calibrate",
     "compare",
+    "doctor",
     "get_multiplier",
     "list_multipliers",
     "load_function",
@@ -28,3 +30,10 @@ __all__ = [
     "set_mode",
     "use_engine",
 ]
+
+
+def load_ipython_extension(shell: object) -> None:
+    """``%load_ext approxconv``: the magics ``%%kernel``, ``%kernel`` and ``%%multiplier``."""
+    from .notebook import load
+
+    load(shell)
