@@ -71,8 +71,8 @@ def _has_mistaken_quadrant(table: np.ndarray) -> bool:
     """Whether the quadrant of two negative operands is ``table[|a|, |w|]`` with |−128| taken for −128.
 
     Sign-magnitude multipliers and those that cut low bits of the product rightly repeat the quadrant of two positive
-    operands, so that alone proves nothing; that −128·−w is the negative −128·w does. In tables of hardly any products but
-    0 the mistake may go unnoticed.
+    operands, so that alone proves nothing; that −128·−w is the negative −128·w does. In tables of hardly any
+    products but 0 the mistake may go unnoticed.
     """
     half = table.shape[0] // 2
     if table.shape != (2**MAX_BITS, 2**MAX_BITS):
