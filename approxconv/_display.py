@@ -19,6 +19,10 @@ def printable(text: object, longest: int) -> str:
 class Shown:
     """Shows as its ``str`` in IPython's terminal; subclasses add HTML for notebooks."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._repr_pretty_ = Shown._repr_pretty_  # IPython takes a dataclass's own __repr__ before a base's method
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 

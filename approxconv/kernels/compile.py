@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._display import Shown, html_table, titled
 from .cache import cached_folder, find_entry
 from .sources import Source, on_reload, read
 
@@ -345,7 +346,7 @@ def current_arch() -> str:
 
 
 @dataclass(frozen=True)
-class KernelInfo(KernelResources):
+class KernelInfo(Shown, KernelResources):
     """What a kernel takes of a GPU: `KernelResources`, and what follows from them. ``print`` it for a line of text.
 
     Attributes
@@ -412,8 +413,30 @@ class KernelInfo(KernelResources):
             f"at most {self.block_threads} threads a block ({self.occupancy(self.block_threads):.0%} occupancy)"
         )
 
+    def _repr_html_(self) -> str:
+        return KernelInfos({self.kernel: self})._repr_html_()
 
-def info(name: str, kernel: str | None = None, arch: str | None = None) -> KernelInfo | dict[str, KernelInfo]:
+
+class KernelInfos(Shown, dict[str, KernelInfo]):
+    """`KernelInfo` of each kernel of a source, by name."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.values()))
+
+    def _repr_html_(self) -> str:
+        heading = ("kernel", "registers", "shared bytes", "stack bytes", "spilled bytes", "threads", "occupancy")
+        rows = [
+            (
+                *(name, each.registers, each.shared_bytes, each.stack_bytes, each.spill_stores, each.block_threads),
+                f"{each.occupancy(each.block_threads):.0%}",
+            )
+            for name, each in self.items()
+        ]
+        first = next(iter(self.values()), None)
+        return titled(f"{first.source}.cu for {first.arch}" if first else "no kernels", html_table(rows, heading))
+
+
+def info(name: str, kernel: str | None = None, arch: str | None = None) -> KernelInfo | KernelInfos:
     """Registers, shared memory, spills and occupancy of a source's kernels; compiles it if need be.
 
     Parameters
@@ -427,8 +450,8 @@ def info(name: str, kernel: str | None = None, arch: str | None = None) -> Kerne
 
     Returns
     -------
-    KernelInfo or dict of str to KernelInfo
-        Of `kernel`, or of each one by name.
+    KernelInfo or KernelInfos
+        Of `kernel`, or of each one by name, a dict; both show themselves as a table in a notebook.
 
     Raises
     ------
@@ -438,10 +461,10 @@ def info(name: str, kernel: str | None = None, arch: str | None = None) -> Kerne
         As by `compile_kernel`.
     """
     compiled = compile_kernel(name, arch or current_arch())
-    infos = {
-        each: KernelInfo(**asdict(known), source=name, kernel=each, arch=compiled.arch)
+    infos = KernelInfos(
+        (each, KernelInfo(**asdict(known), source=name, kernel=each, arch=compiled.arch))
         for each, known in sorted(compiled.kernels.items())
-    }
+    )
     if kernel is None:
         return infos
     if kernel not in infos:

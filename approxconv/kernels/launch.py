@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .compile import compile_kernel
-from .plan import Plan, Target
+from .plan import Plan, SourceEditedError, Target
 from .sources import on_reload, read
 
 _first_process: int | None = None
@@ -49,7 +49,7 @@ def _module(source: str, version: str, index: int) -> Any:
     cupy = require_cupy()
     compiled = compile_kernel(source, f"sm_{cupy.cuda.Device(index).compute_capability}")
     if compiled.source.fingerprint != version:
-        raise RuntimeError(f"{compiled.source.path} or a header of it was edited during the call: call again")
+        raise SourceEditedError(compiled.source.path)
     return cupy.RawModule(path=str(compiled.path))
 
 

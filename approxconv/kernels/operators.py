@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
 
 from ..geometry import conv_output_size, flat_batches
 from ..multiplier import PreparedTable, prepare
-from .plan import Plan, Target
+from .plan import Plan, SourceEditedError, Target
 from .planning import Problem, Steps, bind, depthwise_steps, product_sum_steps
 from .sources import read
 
+_MOST_EDITS = 8  # during one call
 OPERATORS = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
 
 
 def operators_of(source: str) -> list[str]:
     """The operators that a kernel source has kernels for, by the beginnings of their names."""
     return [op for op in OPERATORS if any(name.startswith(f"{op}_") for name in read(source).kernels)]
+
+
+def _replanned(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute anew where another thread edited or swapped the kernel between planning and launching."""
+
+    @wraps(operator)
+    def computed(*arguments: object) -> Tensor:
+        for _ in range(_MOST_EDITS):
+            with suppress(SourceEditedError):
+                return operator(*arguments)
+        return operator(*arguments)
+
+    return computed
 
 
 class KernelEngine:
@@ -106,6 +121,7 @@ class KernelEngine:
         else:
             self._execute(direct, source, x, w, known.columns, out)
 
+    @_replanned
     def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
         known = prepare(table)
@@ -132,6 +148,7 @@ class KernelEngine:
         y = torch.empty(x.shape[0], w.shape[0], *problem.out_size, dtype=torch.int32, device=x.device)
         return problem, y
 
+    @_replanned
     def lut_conv2d(
         self,
         x: Tensor,
@@ -150,6 +167,7 @@ class KernelEngine:
         self._execute(steps, source, x, w, known.columns, y)
         return y
 
+    @_replanned
     def lut_dwconv2d(
         self,
         x: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -36,6 +37,13 @@ class Plan:
     shared: int
     arguments: tuple[Tensor | np.generic | np.ndarray, ...]
     version: str = ""
+
+
+class SourceEditedError(RuntimeError):
+    """A source was edited between planning a launch and launching it; the plan does not fit it any more."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} or a header of it was edited during the call: call again")
 
 
 @dataclass(frozen=True)

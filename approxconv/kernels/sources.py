@@ -21,9 +21,11 @@ _ENVIRONMENT = "APPROXCONV_CUDA_SRC"
 _SETTLED_NS = 100_000_000  # two edits closer than a file system's clock tick can leave the same stamp
 
 _Stamp = tuple[int, int, int]
+_Selection = tuple[Path | None, Path | None, str | None]
 
 _lock = Lock()
 _chosen: Path | None = None
+_overlay: Path | None = None
 _entries: dict[str, _Entry] = {}
 _forgetters: list[Callable[[], None]] = []
 
@@ -87,7 +89,7 @@ def source_dir() -> Path:
     FileNotFoundError
         It does not exist.
     """
-    return _roots()[0]
+    return _roots()[0 if _overlay is None else 1]
 
 
 def use_source(folder: str | os.PathLike[str] | None) -> AbstractContextManager[Path]:
@@ -115,6 +117,12 @@ def use_source(folder: str | os.PathLike[str] | None) -> AbstractContextManager[
     return _restoring(_choose(path))
 
 
+def set_overlay(folder: Path | None) -> None:
+    """Look for sources and headers in `folder` before the chosen and the packaged ones; None ends that."""
+    global _overlay
+    _overlay = folder
+
+
 def _choose(path: Path | None) -> Path | None:
     global _chosen
     with _lock:
@@ -131,7 +139,7 @@ def _restoring(before: Path | None) -> Iterator[Path]:
 
 
 def list_sources() -> list[str]:
-    """Names of the kernel sources there are, in the chosen and the packaged folder."""
+    """Names of the kernel sources there are: replaced ones, the chosen folder's and the packaged ones."""
     return sorted({path.stem for root in _roots() for path in root.glob("*.cu")})
 
 
@@ -144,6 +152,12 @@ def source_path(name: str) -> Path:
         There is no such file; the message lists those there are.
     """
     return _Reader(_roots()).find_source(name)
+
+
+def hidden_source_path(name: str) -> Path | None:
+    """The file of kernel source `name` that a replaced one hides, if there is one."""
+    roots = _roots()[0 if _overlay is None else 1 :]
+    return next((path for root in roots if (path := root / f"{name}.cu").exists()), None)
 
 
 def source(name: str) -> str:
@@ -221,21 +235,31 @@ def _absolute(folder: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(os.path.expanduser(folder)))
 
 
-def _selection() -> tuple[Path | None, str | None]:
-    return _chosen, os.environ.get(_ENVIRONMENT)
+def _selection() -> _Selection:
+    return _overlay, _chosen, os.environ.get(_ENVIRONMENT)
+
+
+def _packaged_candidates() -> tuple[Path, Path]:
+    """In an installation and in a checkout."""
+    return _PACKAGE / "cuda_src", _PACKAGE.parent / "cuda_src"
+
+
+def packaged_dir() -> Path | None:
+    """The folder of the library's own sources, if it is there."""
+    return next(filter(Path.is_dir, _packaged_candidates()), None)
 
 
 def _roots() -> tuple[Path, ...]:
-    """The folders to look in: the chosen one, if any, then the packaged one."""
-    chosen, environment = _selection()
-    candidates = (_PACKAGE / "cuda_src", _PACKAGE.parent / "cuda_src")
-    packaged = next(filter(Path.is_dir, candidates), None)
+    """The folders to look in: of replaced sources, if any, the chosen one, if any, then the packaged one."""
+    overlay, chosen, environment = _selection()
+    packaged = packaged_dir()
     first = chosen or (_absolute(environment) if environment else packaged)
     if first is None:
-        raise FileNotFoundError(f"no CUDA sources: looked in {', '.join(map(str, candidates))}")
+        raise FileNotFoundError(f"no CUDA sources: looked in {', '.join(map(str, _packaged_candidates()))}")
     if not first.is_dir():
         raise FileNotFoundError(f"no CUDA sources: {first}, chosen by {'use_source' if chosen else f'${_ENVIRONMENT}'}")
-    return (first,) if packaged in (None, first) else (first, packaged)
+    roots = (first,) if packaged in (None, first) else (first, packaged)
+    return roots if overlay is None else (overlay, *roots)
 
 
 @dataclass(frozen=True)
@@ -251,7 +275,7 @@ class _Entry:
     """
 
     source: Source
-    selection: tuple[Path | None, str | None]
+    selection: _Selection
     stamps: dict[str, _Stamp | None]
     settled: bool
 

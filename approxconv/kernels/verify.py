@@ -6,12 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._display import Shown, html_table, titled
 from ..geometry import conv_output_size
 from .operators import KernelEngine, operators_of
 
@@ -198,7 +199,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class VerificationReport:
+class VerificationReport(Shown):
     """What `verify` found; true if nothing was wrong."""
 
     name: str
@@ -215,8 +216,15 @@ class VerificationReport:
         return self.ok
 
     def __str__(self) -> str:
-        head = f"{self.name} on {self.engine}: {self.passed} of {self.passed + len(self.failures)} cases right"
-        return "\n".join([head, *map(str, self.failures)])
+        return "\n".join([self._head(), *map(str, self.failures)])
+
+    def _repr_html_(self) -> str:
+        rows = [(f"y{list(f.index)}", f.got, f.expected, f"{f.wrong} of {f.total}", f.case) for f in self.failures]
+        heading = ("first wrong element", "got", "expected", "elements wrong", "case")
+        return titled(f"{'✓' if self else '✗'} {self._head()}", html_table(rows, heading) if rows else "")
+
+    def _head(self) -> str:
+        return f"{self.name} on {self.engine}: {self.passed} of {self.passed + len(self.failures)} cases right"
 
 
 def _base_engine(engine: str | None) -> tuple[str, KernelEngine, torch.device]:
@@ -295,29 +303,50 @@ def verify(
 
 @dataclass(frozen=True)
 class Timing:
-    """A case timed: median seconds of the kernel and, if it is another, of the packaged one."""
+    """A case timed: median seconds of the kernel and, if there is one, of the kernel it is compared with."""
 
     case: Case
     seconds: float
-    packaged: float | None
+    baseline: float | None
 
-    def __str__(self) -> str:
-        text = f"{self.case}: {1e3 * self.seconds:.3f} ms, {self.case.macs / self.seconds / 1e9:.3g} GMAC/s"
-        return (
-            text if self.packaged is None else f"{text}, {self.packaged / self.seconds:.2f} times the packaged kernel"
-        )
+    @property
+    def gmacs(self) -> float:
+        """10⁹ products a second."""
+        return self.case.macs / self.seconds / 1e9
 
 
 @dataclass(frozen=True)
-class BenchmarkReport:
-    """What `benchmark` measured."""
+class BenchmarkReport(Shown):
+    """What `benchmark` measured, and the name of the kernel that it compared with."""
 
     name: str
     device: str
     timings: tuple[Timing, ...] = field(default=())
+    baseline: str | None = None
+
+    def beside(self, other: BenchmarkReport, baseline: str) -> BenchmarkReport:
+        """The same times, compared with those of another report of the same cases."""
+        seconds = {timing.case: timing.seconds for timing in other.timings}
+        timings = tuple(replace(timing, baseline=seconds.get(timing.case)) for timing in self.timings)
+        return replace(self, timings=timings, baseline=baseline)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.name} on {self.device}", *map(str, self.timings)])
+        lines = [f"{self.name} on {self.device}"]
+        for timing in self.timings:
+            text = f"{timing.case}: {1e3 * timing.seconds:.3f} ms, {timing.gmacs:.3g} GMAC/s"
+            if timing.baseline is not None:
+                text += f", {timing.baseline / timing.seconds:.2f} times {self.baseline}"
+            lines.append(text)
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        heading = ["ms", "GMAC/s", "case"]
+        rows = [[f"{1e3 * t.seconds:.3f}", f"{t.gmacs:.3g}", t.case] for t in self.timings]
+        if any(timing.baseline is not None for timing in self.timings):
+            heading.insert(2, f"speed to {self.baseline}")
+            for row, timing in zip(rows, self.timings, strict=True):
+                row.insert(2, "" if timing.baseline is None else f"{timing.baseline / timing.seconds:.2f}")
+        return titled(f"{self.name} on {self.device}", html_table(rows, heading))
 
 
 _HEAD_START = 3_000_000  # clocks that the host has to enqueue a call before the device could begin it
@@ -383,10 +412,10 @@ def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> Benc
             continue
         operands = [tensor.to(device) for tensor in case.operands(generator)]
         medians = []
-        for engine_or_packaged in (own,) if name == case.op else (own, base):
-            case.run(engine_or_packaged, *operands)  # compiles and warms up
-            times = [once(lambda: case.run(engine_or_packaged, *operands)) for _ in range(repeats)]  # noqa: B023
+        for each in (own,) if name == case.op else (own, base):
+            case.run(each, *operands)  # compiles and warms up
+            times = [once(lambda: case.run(each, *operands)) for _ in range(repeats)]  # noqa: B023
             medians.append(statistics.median(times))
         timings.append(Timing(case, medians[0], medians[1] if len(medians) > 1 else None))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the host, through g++"
-    return BenchmarkReport(name, where, tuple(timings))
+    return BenchmarkReport(name, where, tuple(timings), "the packaged kernel")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import Plan, SourceEditedError
 from ..sources import Source, read
 from .build import build
 from .watched import run_watched
@@ -50,6 +50,8 @@ def run_on_host(plans: Iterable[Plan], *, sanitize: str | None = None) -> None:
         A source does not compile.
     KernelTrapError, SanitizerError
         A kernel trapped; a sanitizer found a fault. What the plan writes is then undefined.
+    SourceEditedError
+        A plan was made for another version of its source.
     TypeError, ValueError
         A plan does not fit its kernel, or no GPU would launch it.
     RuntimeError
@@ -57,6 +59,8 @@ def run_on_host(plans: Iterable[Plan], *, sanitize: str | None = None) -> None:
     """
     for plan in plans:
         source = read(plan.source)
+        if plan.version and plan.version != source.fingerprint:
+            raise SourceEditedError(source.path)
         _check(plan, source)
         program = build(source, sanitize)
         launch = (plan, _signature(plan), (*plan.grid, *plan.block, plan.shared), program)
