@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint benchmarks clean
+.PHONY: demo test test-slow lint benchmarks notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/approxconv demo --out demo_results
@@ -13,10 +13,14 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks
 
 benchmarks: $(INSTALLED)
 	$(BIN)/python -m benchmarks
