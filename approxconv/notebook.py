@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shlex
 from keyword import iskeyword
 from typing import TYPE_CHECKING
@@ -37,20 +36,6 @@ class _Message(Shown):
 
     def _repr_html_(self) -> str:
         return self._html
-
-
-class _Source(Shown):
-    """A source text; a notebook highlights it in the colours of its theme."""
-
-    def __init__(self, text: str, language: str) -> None:
-        self._text, self._language = text, language
-
-    def __str__(self) -> str:
-        return self._text
-
-    def _repr_markdown_(self) -> str:
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", self._text)), default=0))
-        return f"{fence}{self._language}\n{self._text.rstrip()}\n{fence}"
 
 
 @magics_class
@@ -95,8 +80,8 @@ class ApproxconvMagics(Magics):
         except (FileNotFoundError, ValueError) as error:
             raise UsageError(str(error)) from None
 
-    def _show(self, name: str) -> _Source:
-        return _Source(kernels.source(name), "cpp")
+    def _show(self, name: str) -> _Message:
+        return _monospaced(kernels.source(name))
 
     def _edit(self, name: str) -> None:
         self.shell.set_next_input(f"%%kernel {name}\n{kernels.source(name)}")
@@ -107,7 +92,7 @@ class ApproxconvMagics(Magics):
         print(f"{name} is {now}" if name in kernels.list() else f"{name} is gone")
 
     def _diff(self, name: str) -> object:
-        return _Source(kernels.diff(name), "diff")
+        return _monospaced(kernels.diff(name))
 
     @magic_arguments()
     @argument("name", help="of the multiplier and of the variable that holds it")
@@ -150,6 +135,10 @@ class ApproxconvMagics(Magics):
         return Multiplier.from_function(
             scope[functions[-1]], bits=8 if bits is None else bits, **flags or {"a_signed": False, "w_signed": True}
         )
+
+
+def _monospaced(text: str) -> _Message:
+    return _Message(text, preformatted(text))
 
 
 def _show_failure(text: str, title: str, source: str | None = None, line: int | None = None, html: str = "") -> None:

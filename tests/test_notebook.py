@@ -90,9 +90,7 @@ class Shown:
         shown = [output.data for output in captured.outputs]
         if self.result.result is not None:
             shown.append(shell.display_formatter.format(self.result.result)[0])
-        self.html, self.text, self.markdown = (
-            "".join(data.get(f"text/{kind}", "") for data in shown) for kind in ("html", "plain", "markdown")
-        )
+        self.html, self.text = ("".join(data.get(f"text/{kind}", "") for data in shown) for kind in ("html", "plain"))
 
     @property
     def marked(self):
@@ -306,10 +304,9 @@ def test_show(run, swapped):
     text = kernels.source("lut_gemm")
     shown = run("%kernel show lut_gemm")
     assert shown.text == text
-    assert shown.markdown == f"```cpp\n{text.rstrip()}\n```"
-    assert not shown.html  # a notebook would prefer it
-    swapped("my_gemm", "// ``` and ````\n")
-    assert run("%kernel show my_gemm").markdown == "`````cpp\n// ``` and ````\n`````"
+    assert "#include &quot;row_tables.cuh&quot;\n" in shown.html
+    assert "font-family:monospace" in shown.html
+    assert looks_right(shown.html)
 
 
 def test_edit_brings_the_text_that_a_cell_takes_back(shell, run, swapped, replacement):
@@ -339,7 +336,7 @@ def test_diff(run, swapped):
     swapped("my_gemm", "// <b> ```\n")
     shown = run("%kernel diff my_gemm")
     assert shown.text.endswith("\n+// <b> ```\n")
-    assert shown.markdown.startswith("````diff\n")
+    assert "+// &lt;b&gt; ```\n" in shown.html
 
 
 @pytest.mark.parametrize("action", ["show", "edit", "undo", "diff"])
@@ -568,7 +565,7 @@ def test_in_a_notebook(tmp_path, monkeypatch):
     assert "✗ lut_dwconv2d is not replaced" in wrong.data["text/html"]
     assert "first wrong element" in wrong.data["text/html"]
     assert "✓ lut_dwconv2d on host_cuda: 25 of 25 cases right" in right.data["text/html"]
-    assert diff.data["text/markdown"].endswith("\n+// edited\n```")
+    assert "\n+// edited\n" in diff.data["text/html"]
     assert undone.text == "lut_dwconv2d is as its file has it\n"
     assert "image/png" in made.data
     assert last.data["text/plain"] == "('made', [])"
