@@ -17,6 +17,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ _CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 _OLDEST_GCC = 11
 _INSTALL_GCC = "apt-get install g++  # or name another compiler in $CXX"
 _INSTALL_NUMBA = "pip install --force-reinstall numba"
-_REINSTALL = "pip install --force-reinstall --no-deps approxconv"
+_REINSTALL = "pip install --force-reinstall --no-deps .  # in the folder of the library's sources"
 _VARIABLE = "$APPROXCONV_CUDA_SRC"
 _LEAVE = {"use_source": "approxconv.kernels.use_source(None)", _VARIABLE: f"unset {_VARIABLE[1:]}"}
 _USE_REFERENCE = "with approxconv.use_engine('reference'): ...  # exact and slow; please report this"
@@ -298,21 +299,17 @@ def _cache() -> tuple[bool, str, str]:
     return True, f"{sum(sizes) / 1e6:.1f} MB in {entries} entries, writable: {folder}", ""
 
 
-def _is_packaged(folder: Path) -> bool:
-    package = Path(__file__).parent
-    return folder in (package / "cuda_src", package.parent / "cuda_src")
-
-
 def _chosen_by() -> str:
     """What says where kernel sources are looked for: ``"use_source"``, ``"$APPROXCONV_CUDA_SRC"`` or ``"packaged"``."""
     from .kernels import source_dir
+    from .kernels.sources import packaged_dir
 
     environment = os.environ.get(_VARIABLE[1:])
     try:
         folder = source_dir()
     except FileNotFoundError as error:
         return next((choice for choice in _LEAVE if choice in str(error)), "packaged")
-    if _is_packaged(folder):
+    if folder == packaged_dir():
         return "packaged"
     named = environment and Path(os.path.abspath(os.path.expanduser(environment))) == folder
     return _VARIABLE if named else "use_source"
@@ -321,6 +318,7 @@ def _chosen_by() -> str:
 def _mend_sources(source: str) -> str:
     """How to go back to the packaged kernel, "" if `source` is it."""
     from . import kernels
+    from .kernels.sources import packaged_dir
 
     if source in kernels.replaced():
         return f"approxconv.kernels.undo({source!r})"
@@ -328,7 +326,7 @@ def _mend_sources(source: str) -> str:
     if chosen == "packaged":
         return ""
     with suppress(OSError, ValueError):
-        if all(_is_packaged(file.parent) for file in kernels.read(source).files):
+        if all(file.parent == packaged_dir() for file in kernels.read(source).files):
             return ""
     return _LEAVE[chosen]
 
@@ -468,8 +466,10 @@ def _failures(engine: str, device: torch.device) -> Iterator[tuple[str, str]]:
             wrong = _wrong(source, engine, device)
         except Exception as error:
             wrong = _said(error)
-            if isinstance(error, KernelCompileError):
-                mend = _newer_nvrtc() if engine == "cuda" else _INSTALL_GCC
+            if engine == "host_cuda" and isinstance(error, (KernelCompileError, OSError, CalledProcessError)):
+                mend = _INSTALL_GCC
+            elif isinstance(error, KernelCompileError):
+                mend = _newer_nvrtc()
         if wrong is not None:
             if engine in ("cuda", "host_cuda"):
                 mend = _mend_sources(source) or mend

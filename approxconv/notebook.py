@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 from keyword import iskeyword
 from typing import TYPE_CHECKING
@@ -124,7 +125,7 @@ class ApproxconvMagics(Magics):
         try:
             tree = ast.parse(cell, "<%%multiplier>")
         except SyntaxError:
-            if "def " in cell and "{" not in cell:
+            if re.search(r"^\s*(?:async\s+)?def\s+\w+\s*\(", cell, re.MULTILINE):
                 raise
             return Multiplier.from_c(cell, bits=bits, **flags)
         functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]

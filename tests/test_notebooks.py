@@ -26,7 +26,7 @@ def test_committed_as_executed_from_top_to_bottom(path):
     assert first["cell_type"] == "markdown"
     introduction = "".join(first["source"])
     assert "You learn" in introduction
-    assert re.search("(seconds|minute)s? on\\s+two\\s+CPU\\s+cores", introduction)
+    assert re.search("(seconds|minute)\\s+on\\s+two\\s+CPU\\s+cores", introduction)
     code = [cell for cell in others if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]

@@ -15,7 +15,7 @@ from .plan import Plan, SourceEditedError, Target
 from .planning import Problem, Steps, bind, depthwise_steps, product_sum_steps
 from .sources import read
 
-_MOST_EDITS = 8  # during one call
+_MOST_EDITS = 100  # during one call
 OPERATORS = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
 
 

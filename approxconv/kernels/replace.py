@@ -20,7 +20,7 @@ from pathlib import Path
 from .._display import Shown, titled
 from .compile import KernelCompileError
 from .sources import hidden_source_path, list_sources, set_overlay, source, source_dir
-from .verify import BenchmarkReport, VerificationReport, _base_engine
+from .verify import BenchmarkReport, VerificationReport, base_engine
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,60}", re.ASCII)
 _LONGEST_OUTPUT = 2000
@@ -106,7 +106,9 @@ def replace(name: str, text: str, *, engine: str | None = None, seed: int = 0, t
         raise ValueError(f"name must be an identifier such as lut_gemm, got {name!r:.80}")
     if not isinstance(text, str):
         raise ValueError(f"text must be the source as a str, got {type(text).__name__}")
-    engine = _base_engine(engine)[0]
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be a finite number of seconds above 0, got {timeout!r}")
+    engine = base_engine(engine)[0]
     with _lock:
         session = _get_session()
         report = session.try_out(name, text, engine, seed, timeout)
@@ -160,6 +162,8 @@ def _get_session() -> _Session:
     global _session
     if _session is None or _session.process != os.getpid():
         _session = _Session(_session)
+    elif not _session.folder.is_dir():  # a temporary folder, and somebody tidied up
+        _session.restore()
     return _session
 
 
@@ -186,6 +190,11 @@ class _Session:
 
     def take_back(self, name: str) -> None:
         self._use({**self.history, name: self.history[name][:-1]})
+
+    def restore(self) -> None:
+        """Write the folder anew."""
+        self._folders.mkdir(parents=True, exist_ok=True)
+        self._use(self.history)
 
     def _use(self, history: dict[str, list[str]]) -> None:
         """Let launches use the last text of each kernel, all at once; what is just being read stays where it was."""
@@ -224,7 +233,7 @@ class _Session:
                 self.prepare()
             if process.returncode != 0 or not result.exists():
                 raise KernelRejectedError(
-                    f"{name} crashed with status {process.returncode}; the kernel in use stays{said and f': {said}'}"
+                    f"{name} crashed with {_status(process.returncode)}; the kernel in use stays{said and f': {said}'}"
                 )
             outcome = pickle.loads(result.read_bytes())  # written by this library's own process
         if isinstance(outcome, (KernelCompileError, ValueError)):
@@ -259,6 +268,13 @@ def _ask(process: subprocess.Popen[bytes], request: bytes, timeout: float) -> st
             _kill(process)
             listener.join()
     return said.decode(errors="replace").strip()
+
+
+def _status(code: int) -> str:
+    """What a process ended with; below 0 it is a signal's number."""
+    with suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"status {code}"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -258,6 +258,10 @@ def _roots() -> tuple[Path, ...]:
         raise FileNotFoundError(f"no CUDA sources: looked in {', '.join(map(str, _packaged_candidates()))}")
     if not first.is_dir():
         raise FileNotFoundError(f"no CUDA sources: {first}, chosen by {'use_source' if chosen else f'${_ENVIRONMENT}'}")
+    if overlay is not None and not overlay.is_dir():
+        raise FileNotFoundError(
+            f"the folder of replaced kernels is gone: {overlay}; the next replace or undo restores it"
+        )
     roots = (first,) if packaged in (None, first) else (first, packaged)
     return roots if overlay is None else (overlay, *roots)
 

@@ -19,19 +19,24 @@ def main() -> None:
     candidate, current, chosen, name, engine, seed, result, environment = pickle.load(sys.stdin.buffer)
     os.environ.clear()
     os.environ.update(environment)  # it may have changed since this process started
-    use_source(chosen)
     try:
+        use_source(chosen)
         outcome = _try_out(Path(candidate), Path(current), name, engine, seed)
     except FileNotFoundError as error:  # of a header, which `read` misses before a compiler does
-        outcome = KernelCompileError.from_log(f"{candidate}/{error}", Path(candidate, f"{name}.cu"))
+        outcome = _named(KernelCompileError.from_log(f"{candidate}/{error}", Path(candidate, f"{name}.cu")), candidate)
     except KernelCompileError as error:
-        outcome = error
-        if error.path is not None and error.path.parent == Path(candidate):  # which is gone when the message is read
-            text = str(error).replace(str(error.path), "the new text")
-            outcome = KernelCompileError(text, error.log, error.path, error.line)
+        outcome = _named(error, candidate)
     except Exception as error:
         outcome = error
     Path(result).write_bytes(pickle.dumps(outcome))
+
+
+def _named(error: KernelCompileError, candidate: str) -> KernelCompileError:
+    """The error without the candidate's path, which is gone when its message is read."""
+    if error.path is None or error.path.parent != Path(candidate):
+        return error
+    text = str(error).replace(str(error.path), "the new text")
+    return KernelCompileError(text, error.log, error.path, error.line)
 
 
 def _try_out(

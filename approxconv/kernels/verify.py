@@ -227,13 +227,15 @@ class VerificationReport(Shown):
         return f"{self.name} on {self.engine}: {self.passed} of {self.passed + len(self.failures)} cases right"
 
 
-def _base_engine(engine: str | None) -> tuple[str, KernelEngine, torch.device]:
+def base_engine(engine: str | None) -> tuple[str, KernelEngine, torch.device]:
     """``"cuda"`` where there is a CUDA device, else ``"host_cuda"``."""
     from importlib import import_module
 
     name = engine or ("cuda" if torch.cuda.is_available() else "host_cuda")
     if name not in ("cuda", "host_cuda"):
         raise ValueError(f"engine must be 'cuda', 'host_cuda' or None, got {engine!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine 'cuda' needs a CUDA device, and torch sees none here; 'host_cuda' does without")
     module = import_module(f"approxconv.engines.{name}")
     return name, module.engine, torch.device("cuda" if name == "cuda" else "cpu")
 
@@ -276,7 +278,7 @@ def verify(
     """
     from ..engines import reference
 
-    engine_name, base, device = _base_engine(engine)
+    engine_name, base, device = base_engine(engine)
     if sanitize is not None:
         if engine_name != "host_cuda":
             raise ValueError(f"sanitize needs engine='host_cuda', got engine {engine_name!r}")
@@ -385,7 +387,7 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 
 def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> BenchmarkReport:
-    """Time a kernel source on typical sizes, beside the packaged kernels if it is not one of them.
+    """Time a kernel source on typical sizes, beside the kernels in use where it has a name of its own.
 
     Parameters
     ----------
@@ -403,7 +405,7 @@ def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> Benc
     ValueError
         It has kernels of no operator.
     """
-    engine_name, base, device = _base_engine(engine)
+    engine_name, base, device = base_engine(engine)
     own, once = base.with_kernel(name), device_seconds if device.type == "cuda" else host_seconds
     generator = torch.Generator().manual_seed(0)
     timings = []
@@ -418,4 +420,4 @@ def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> Benc
             medians.append(statistics.median(times))
         timings.append(Timing(case, medians[0], medians[1] if len(medians) > 1 else None))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the host, through g++"
-    return BenchmarkReport(name, where, tuple(timings), "the packaged kernel")
+    return BenchmarkReport(name, where, tuple(timings), "the kernel in use")

@@ -174,7 +174,7 @@ def test_a_kernel_of_ones_own(tmp_path, monkeypatch):
     replacing.prepare()
     text = own_with("static_assert(SIGN == 1);", '#include "sign.cuh"\n')
     report = try_to_replace("my_gemm", text)
-    assert report.benchmark.baseline == "the packaged kernel"
+    assert report.benchmark.baseline == "the kernel in use"
     assert "my_gemm" in kernels.list()
     x, w = (torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((5, 12), (6, 12)))
     table = torch.randint(-99, 99, (256, 256), dtype=torch.int32)
@@ -274,7 +274,7 @@ def test_a_compile_error_names_the_line():
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
-        ("*(volatile int*)8 = 1;", r"^my_gemm crashed with status -\d+; the kernel in use stays"),
+        ("*(volatile int*)8 = 1;", r"^my_gemm crashed with SIG[A-Z]+; the kernel in use stays"),
         ("__trap();", r"KernelTrapError: lut_gemm_gather_int\d+: .*thread .*; the kernel in use stays$"),
         ('printf("words\\n"); fflush(stdout); std::_Exit(0);', r"^my_gemm crashed with status 0; .*: (.*\n)*words$"),
     ],
@@ -714,3 +714,25 @@ def test_copies_are_of_the_sources_in_use(folders, tmp_path):
         "b.cu": "chosen",
         "c.cu": "cuda_src",
     }
+
+
+def test_a_folder_that_somebody_tidied_up_is_written_anew(accepting):
+    kernels.replace("my_gemm", OWN)
+    shutil.rmtree(replacing._session._folders)
+    with pytest.raises(FileNotFoundError, match="the folder of replaced kernels is gone"):
+        kernels.source("my_gemm")
+    kernels.replace("other_gemm", OWN)
+    assert kernels.source("my_gemm") == OWN
+    assert kernels.replaced() == ["my_gemm", "other_gemm"]
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none(timeout):
+    with pytest.raises(ValueError, match="timeout must be a finite number of seconds above 0, got"):
+        kernels.replace("my_gemm", OWN, timeout=timeout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_engine_that_is_not_there():
+    with pytest.raises(ValueError, match="engine 'cuda' needs a CUDA device"):
+        kernels.replace("my_gemm", OWN, engine="cuda")
