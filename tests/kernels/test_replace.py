@@ -334,8 +334,8 @@ def test_a_compiler_without_end_is_ended(tmp_path, monkeypatch):
     )
     compiler.chmod(0o755)
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     replacing.prepare()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("APPROXCONV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))  # after that process was started
     with pytest.raises(KernelRejectedError, match="did not end within 6 s"):
