@@ -1,0 +1,694 @@
+"""The exact integer low-rank form of a multiplier: ``table = s·a·w + Σ_r f_r[a]·g_r[w]`` with int8 factors."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ._display import Shown, html_table, titled
+from ._versioned import once_per_version
+from .multiplier import Multiplier, check_flag, operand_values
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_TERMS = 64
+
+# A rank modulo a prime is at most the true one. A table for which it is less with all of these is not factorised.
+_PRIMES = (2**31 - 1, 2**31 - 19, 2**31 - 61)
+_LOW, _HIGH = -128, 127
+_MOST_PRODUCT = _LOW * _LOW
+_MOST_DOUBLINGS = 12
+_TRY_ALL_UP_TO = 20
+_TRY_BOTH_UP_TO = 32
+# Part of the names of stored results: to be raised when other ones are to be found.
+_REVISION = 1
+
+# A term's two vectors of integers, by code.
+_Term = tuple[np.ndarray, np.ndarray]
+# A weight and what it multiplies.
+_Digit = tuple[int, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Factorization(Shown):
+    """``table[a, w] = scale·value(a)·value(w) + Σ_r f[r, a]·g[r, w]`` over the integers, a and w being codes.
+
+    Made by `factorize`; its tensors are shared by all who ask for that table's, so they are not to be written to.
+
+    Attributes
+    ----------
+    scale : int
+        0 or 1: whether the exact product is part of the sum.
+    f : Tensor
+        int8, ``(R, 2**a_bits)``, by activation code.
+    g : Tensor
+        int8, ``(R, 2**w_bits)``, by weight code. Terms come in descending order of ``‖f_r‖·‖g_r‖``.
+    a_signed, w_signed : bool
+        How a code is read in the exact product.
+    """
+
+    scale: int
+    f: Tensor
+    g: Tensor
+    a_signed: bool
+    w_signed: bool
+
+    @property
+    def rank(self) -> int:
+        """R, the number of terms besides the exact product."""
+        return len(self.f)
+
+    @property
+    def products(self) -> int:
+        """How many of the ``scale + rank`` products take a GEMM.
+
+        A term with a constant f_r or g_r does not: over k it is that constant times the sum of the other.
+        """
+        return self.scale + _varying(self.f.numpy(), self.g.numpy())
+
+    def reconstruct(self) -> Tensor:
+        """The table, int64, ``(2**a_bits, 2**w_bits)``, by code."""
+        a, w = self._values
+        table = self.scale * np.multiply.outer(a, w) + _product(self.f.numpy().T, self.g.numpy())
+        return torch.from_numpy(table)
+
+    @cached_property
+    def _values(self) -> tuple[np.ndarray, np.ndarray]:
+        bits = (side.shape[1].bit_length() - 1 for side in (self.f, self.g))
+        return tuple(operand_values(n, signed) for n, signed in zip(bits, (self.a_signed, self.w_signed), strict=True))
+
+    def plot(self) -> Figure:
+        """Draw f and g, a term a row, operands in ascending order of value; red is positive, blue negative.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            A new one; no pyplot figure is opened.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is missing.
+        """
+        from .pictures import _colormap, _picture
+
+        rows = max(self.rank, 1)
+        figure = _picture(figsize=(6.4, 1.2 + 0.22 * min(rows, 24)), layout="constrained")
+        limit = max(_largest(self.f), _largest(self.g), 1)
+        panels = figure.subplots(1, 2, sharey=True)
+        for ax, name, operand, factors, values in zip(
+            panels, "fg", ("activation", "weight"), (self.f, self.g), self._values, strict=True
+        ):
+            low, high = int(values.min()), int(values.max())
+            image = ax.imshow(
+                factors.numpy()[:, np.argsort(values)] if self.rank else np.zeros((1, len(values))),
+                cmap=_colormap(),
+                vmin=-limit,
+                vmax=limit,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(low - 0.5, high + 0.5, rows - 0.5, -0.5),
+            )
+            ax.set_title(f"{name}: {_span(factors)}", fontsize=9)
+            ax.set_xlabel(operand, fontsize=8)
+            ax.set_xticks(sorted({low, 0, high}))
+            ax.set_yticks(range(0, self.rank, max(self.rank // 8, 1)))
+            ax.tick_params(labelsize=7)
+            ax.grid(False)
+        panels[0].set_ylabel("term", fontsize=8)
+        figure.colorbar(image, ax=panels, format="{x:.0f}").ax.tick_params(labelsize=7)
+        return figure
+
+    def _repr_html_(self) -> str:
+        try:
+            png = self.plot()._png(80)
+        except ImportError:
+            png = None
+        rows = [
+            ("terms", self.rank),
+            ("products in a GEMM", self.products),
+            ("f", _span(self.f)),
+            ("g", _span(self.g)),
+        ]
+        image = png and (
+            '<img alt="f and g by operand values" style="max-width:100%"'
+            f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        )
+        return titled(_formula(self), html_table(rows), image or "")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Factorization):
+            return NotImplemented
+        return (
+            (self.scale, self.a_signed, self.w_signed) == (other.scale, other.a_signed, other.w_signed)
+            and torch.equal(self.f, other.f)
+            and torch.equal(self.g, other.g)
+        )
+
+    def __hash__(self) -> int:
+        factors = (side.numpy() for side in (self.f, self.g))
+        return hash((self.scale, self.a_signed, self.w_signed, *((side.shape, side.tobytes()) for side in factors)))
+
+    def __str__(self) -> str:
+        if not self.rank:
+            return _formula(self)
+        return f"{_formula(self)}, f {_span(self.f)}, g {_span(self.g)}"
+
+    def __repr__(self) -> str:
+        return f"Factorization(scale={self.scale}, rank={self.rank})"
+
+
+def _formula(factors: Factorization) -> str:
+    if not factors.rank:
+        return "table = a·w" if factors.scale else "table = 0"
+    terms = "1 term" if factors.rank == 1 else f"{factors.rank} terms"
+    return f"table = {'a·w + ' if factors.scale else ''}Σ f[a]·g[w] of {terms}"
+
+
+def _largest(factors: Tensor) -> int:
+    return int(factors.short().abs().max()) if factors.numel() else 0
+
+
+def _span(factors: Tensor) -> str:
+    return f"{int(factors.min())} to {int(factors.max())}".replace("-", "−") if len(factors) else "no terms"
+
+
+def factorize(multiplier: Multiplier) -> Factorization | None:
+    """Write a table as ``s·a·w + Σ_{r<R} f_r[a]·g_r[w]`` with int8 factors and few terms, exactly.
+
+    Parameters
+    ----------
+    multiplier : Multiplier
+        Any, of any width and signedness.
+
+    Returns
+    -------
+    Factorization or None
+        The form with the fewest terms of those found with s = 1 and s = 0; among equals with the fewest products that
+        take a GEMM (see `Factorization.products`), then with s = 1, then with the smallest factors. Compared with the
+        table entry by entry. None if none of at most 64 terms is found.
+
+        The same object on every call until the table is written to. Kept on disk too, by the table's hash, beside the
+        compiled kernels; what is read from there is compared with the table anew.
+
+    Raises
+    ------
+    ValueError
+        `multiplier` is none.
+
+    Notes
+    -----
+    For both s (above rank 32 for the one of less rank only), with ``E = table − s·a·w`` of rank r:
+
+    1. The search ends where the rank modulo a prime, which is at most r, or ``max|E|/2^14`` is over 64.
+    2. A basis G of the lattice that the rows of E span comes from their Hermite normal form and is reduced by LLL; F
+       are the rows' coordinates in it: ``E = F·G``. The same for the columns of G gives ``E = F·C·V`` with C (r, r),
+       where the rows of V span all integer vectors that those of E span over Q.
+    3. C may be part of F, of G, or partly of both: each lattice between ``Z^r·C·V`` and ``Z^r·V`` has its own F. Those
+       tried are ``Z^r·C·V + q·Z^r·V`` for powers q of two. The larger q, the larger G and the smaller F.
+    4. Both are reduced together, by steps ``G_i += c·G_j``, ``F_j −= c·F_i`` that lower ``Σ_i ‖F_i‖²·‖G_i‖²``.
+    5. A term beyond int8 is split: one of its vectors is ``Σ_i k_i·x_i`` with x_i of int8 and integers k_i by which
+       the other can be multiplied. An ``x_i`` that is constant is preferred.
+
+    H. Cohen, "A Course in Computational Algebraic Number Theory", Springer 1993, section 2.4, for Hermite normal forms.
+    A. K. Lenstra, H. W. Lenstra, L. Lovász, "Factoring Polynomials with Rational Coefficients", Mathematische Annalen
+    261, 1982. M. Seysen, "Simultaneous Reduction of a Lattice Basis and its Reciprocal Basis", Combinatorica 13, 1993.
+
+    Examples
+    --------
+    >>> from approxconv import get_multiplier
+    >>> print(factorize(get_multiplier("kulkarni_8s")))
+    table = a·w + Σ f[a]·g[w] of 1 term, f −21 to 21, g −42 to 42
+    >>> print(factorize(get_multiplier("mitchell_8u")))
+    None
+    """
+    if not isinstance(multiplier, Multiplier):
+        raise ValueError(f"multiplier must be a Multiplier, got {multiplier!r:.60}")
+    signs = check_flag("a_signed", multiplier.a_signed), check_flag("w_signed", multiplier.w_signed)
+    # What is kept for all must be neither a tracer's fake tensor nor one of inference, whose writes do not count.
+    with _disable_current_modes(), torch.inference_mode(False):
+        found = _found(multiplier.table)
+        if signs not in found or _written(*found[signs]):
+            result = _load_or_search(multiplier)
+            found[signs] = result, result and (result.f._version, result.g._version)
+        return found[signs][0]
+
+
+@once_per_version
+def _found(table: Tensor) -> dict[tuple[bool, bool], tuple[Factorization | None, tuple[int, int] | None]]:
+    """What is known of this version of a table, by the operands' signedness; filled by `factorize`."""
+    return {}
+
+
+def _written(result: Factorization | None, versions: tuple[int, int] | None) -> bool:
+    """Whether a result's tensors were written to after it was kept."""
+    return result is not None and (result.f._version, result.g._version) != versions
+
+
+def _load_or_search(multiplier: Multiplier) -> Factorization | None:
+    from .kernels.cache import cached_folder
+
+    table = multiplier.table.numpy().astype(np.int64)
+    a, w = multiplier.operand_values()
+    key = f"factorization-{_REVISION}-{multiplier.content_hash}"
+    fresh: list[_Form | None] = []
+
+    def store(folder: Path) -> None:
+        fresh.append(_search(table, a, w))
+        _save(folder, fresh[-1])
+
+    with suppress(OSError):  # a full or read-only disk costs the time of a search, no more
+        entry = cached_folder(key, store)
+        if not fresh:
+            try:
+                fresh.append(_load(entry, table, a, w))
+            except (OSError, ValueError, KeyError, BadZipFile):
+                shutil.rmtree(entry)
+                cached_folder(key, store)
+    form = fresh[-1] if fresh else _search(table, a, w)
+    if form is None:
+        return None
+    f, g = (torch.from_numpy(side) for side in (form.f, form.g))
+    return Factorization(form.scale, f, g, multiplier.a_signed, multiplier.w_signed)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the search finds: f (R, rows) and g (R, columns), int8, C-contiguous."""
+
+    scale: int
+    f: np.ndarray
+    g: np.ndarray
+
+    def is_exact(self, table: np.ndarray, a: np.ndarray, w: np.ndarray) -> bool:
+        """Whether it is `table`, compared entry by entry."""
+        product = np.multiply.outer(a, w) if self.scale else 0
+        return np.array_equal(table, product + _product(self.f.T, self.g))
+
+    @property
+    def merit(self) -> tuple[int, int, int, int]:
+        """What is to be small: terms, products in a GEMM, the other scale, the largest factor."""
+        largest = max((int(np.abs(side.astype(np.int64)).max()) for side in (self.f, self.g) if side.size), default=0)
+        return len(self.f), self.scale + _varying(self.f, self.g), 1 - self.scale, largest
+
+
+def _save(folder: Path, form: _Form | None) -> None:
+    nothing = np.zeros((0, 0), np.int8)
+    form = form or _Form(-1, nothing, nothing)
+    np.savez(folder / "factors.npz", scale=form.scale, f=form.f, g=form.g)
+
+
+def _load(entry: Path, table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form | None:
+    """What `_save` wrote, or a ValueError if that is not this table."""
+    with np.load(entry / "factors.npz", allow_pickle=False) as file:
+        form = _Form(int(file["scale"]), *(np.ascontiguousarray(file[name]) for name in "fg"))
+    if form.scale == -1:
+        return None
+    shapes = form.f.shape, form.g.shape
+    count = len(form.f)
+    if (
+        form.scale not in (0, 1)
+        or count > MOST_TERMS
+        or shapes != ((count, len(a)), (count, len(w)))
+        or not form.f.dtype == form.g.dtype == np.int8
+        or not form.is_exact(table, a, w)
+    ):
+        raise ValueError(f"{entry} holds no factorisation of this table")
+    return form
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``x @ y`` of int8 matrices, int64: in float64, which is exact and much faster, as 64·2^14 is far below 2^53."""
+    return (x.astype(np.float64) @ y.astype(np.float64)).astype(np.int64)
+
+
+def _varying(f: np.ndarray, g: np.ndarray) -> int:
+    """How many terms have neither a constant f nor a constant g."""
+    return int(((f != f[:, :1]).any(axis=1) & (g != g[:, :1]).any(axis=1)).sum())
+
+
+def _search(table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form | None:
+    """The best form of a table that is found with either scale; exact, or None."""
+    tasks = []
+    for scale in (1, 0):
+        error = table - scale * np.multiply.outer(a, w)
+        fewest = -(-int(np.abs(error).max()) // _MOST_PRODUCT)
+        pivots = _pivots(error, _PRIMES[0]) if fewest <= MOST_TERMS else None
+        if pivots is not None:
+            tasks.append((max(len(pivots[0]), fewest), 1 - scale, error, pivots))
+    best = None
+    for number, (bound, other, error, pivots) in enumerate(sorted(tasks, key=lambda task: task[:2])):
+        most = MOST_TERMS if best is None else len(best.f)
+        if bound > most or (number and len(pivots[0]) > _TRY_BOTH_UP_TO):
+            continue
+        with suppress(np.linalg.LinAlgError, OverflowError):  # numbers that float64 or int64 do not hold: none found
+            for terms in _factorisations(error, pivots, most):
+                form = _Form(1 - other, *_as_int8(terms, error.shape))
+                if (best is None or form.merit < best.merit) and form.is_exact(table, a, w):
+                    best = form
+    return best
+
+
+def _as_int8(terms: Sequence[_Term], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Stack terms as f (R, rows) and g (R, columns), the largest first, each f beginning positive where g lets it."""
+    terms = sorted(terms, key=lambda term: -int(np.square(term[0]).sum()) * int(np.square(term[1]).sum()))
+    f, g = (
+        np.array([term[side] for term in terms], np.int64).reshape(len(terms), length)
+        for side, length in enumerate(shape)
+    )
+    first = np.take_along_axis(f, (f != 0).argmax(axis=1)[:, None], axis=1)
+    turned = (first < 0) & ~((f == _LOW).any(axis=1) | (g == _LOW).any(axis=1))[:, None]
+    return tuple(np.where(turned, -side, side).astype(np.int8) for side in (f, g))
+
+
+def _pivots(matrix: np.ndarray, prime: int) -> tuple[list[int], list[int]] | None:
+    """Rows and columns whose minor is a multiple neither of `prime` nor 0, as many as there are; None if over 64."""
+    rest = matrix % prime
+    rows: list[int] = []
+    columns: list[int] = []
+    while (left := rest.any(axis=1)).any():
+        if len(rows) == MOST_TERMS:
+            return None
+        row = int(np.argmax(left))
+        column = int(np.argmax(rest[row] != 0))
+        pivot = rest[row] * pow(int(rest[row, column]), -1, prime) % prime
+        rest = (rest - rest[:, column, None] * pivot) % prime
+        rows.append(row)
+        columns.append(column)
+    return rows, columns
+
+
+def _factorisations(error: np.ndarray, pivots: tuple[list[int], list[int]], most: int) -> Iterator[list[_Term]]:
+    """Sums of at most `most` terms of int8 that are `error`, one for every lattice that is tried."""
+    if not error.any():
+        yield []
+        return
+    outer = _row_lattice(error, pivots)
+    inner = outer and _row_lattice(np.ascontiguousarray(outer[1].T))
+    if not inner:
+        return
+    (f, _), (v, core) = outer, (side.T for side in inner)
+    # With determinant 1 or −1 there is one lattice only.
+    last = _MOST_DOUBLINGS if np.linalg.slogdet(core)[1] > 0.5 else 0
+    counts: dict[int, int] = {}
+
+    def attempt(doublings: int) -> tuple[list[list[_Term]], bool]:
+        """What this lattice gives, in a list if it is something, and whether F came out larger than G."""
+        pair = _between(f, core, v, doublings)
+        if pair is None:
+            return [], False
+        x, y = _reduce(*pair)
+        terms = _split_all(x.T, y, most)
+        counts[doublings] = MOST_TERMS + 1 if terms is None else len(terms)
+        return [] if terms is None else [terms], bool(np.abs(x).max() > np.abs(y).max())
+
+    if len(core) <= _TRY_ALL_UP_TO:
+        for doublings in range(last + 1):
+            yield from attempt(doublings)[0]
+        return
+    # Few terms are where F and G are about equally large.
+    low, high = 0, last
+    while low <= high:
+        doublings = (low + high) // 2
+        terms, f_is_larger = attempt(doublings)
+        yield from terms
+        low, high = (doublings + 1, high) if f_is_larger else (low, doublings - 1)
+    best = min(counts, key=lambda doublings: counts[doublings], default=0)
+    if len(core) < counts.get(best, 0) <= MOST_TERMS:
+        for doublings in sorted({best - 1, best + 1} & {*range(last + 1)} - {*counts}):
+            yield from attempt(doublings)[0]
+
+
+def _row_lattice(
+    matrix: np.ndarray, pivots: tuple[list[int], list[int]] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A basis (r, columns) of the lattice that the rows span and, before it, their coordinates (rows, r).
+
+    `pivots` are those modulo the first prime, if known. None if no prime tells the rank.
+    """
+    for prime in _PRIMES:
+        pivots = pivots or _pivots(matrix, prime)
+        if pivots is None:
+            return None
+        rows, columns = pivots
+        pivots = None
+        # A vector's entries in these columns determine the others.
+        basis = _reduced_basis(matrix[:, columns], rows)
+        coordinates = _divide(matrix[:, columns], basis)
+        if coordinates is None:
+            continue
+        whole = np.linalg.solve(coordinates[rows].astype(float), matrix[rows].astype(float))
+        whole = _lll(np.rint(whole).astype(np.int64))
+        coordinates = _divide(matrix[:, columns], whole[:, columns])
+        if coordinates is not None and _is_product(matrix, coordinates, whole):
+            return coordinates, whole
+    return None
+
+
+def _reduced_basis(generators: np.ndarray, independent: list[int]) -> np.ndarray:
+    """An LLL-reduced basis, square, of the lattice that some rows span; as many of them as columns are independent."""
+    from flint import fmpz_mat
+
+    rank = generators.shape[1]
+    basis = _lll(generators[independent])
+    # What the others add to these: the Hermite form of the rows as they are can take seconds.
+    quotient = np.rint(np.linalg.solve(basis.T.astype(float), generators.T.astype(float)).T).astype(np.int64)
+    rest = np.unique(generators - quotient @ basis, axis=0)
+    if not rest.any():
+        return basis
+    hermite = fmpz_mat(np.vstack([basis, rest]).tolist()).hnf().entries()[: rank * rank]
+    return _lll(np.array([int(entry) for entry in hermite], object).reshape(rank, rank))
+
+
+def _lll(basis: np.ndarray) -> np.ndarray:
+    """The LLL-reduced basis of the lattice that independent rows span."""
+    from flint import fmpz_mat
+
+    entries = fmpz_mat(basis.tolist()).lll().entries()
+    return np.array([int(entry) for entry in entries], np.int64).reshape(basis.shape)
+
+
+def _between(f: np.ndarray, core: np.ndarray, v: np.ndarray, doublings: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """F and G with ``F·G = f·core·v``, where the rows of G span ``Z^r·core·v + 2**doublings·Z^r·v``."""
+    basis = _lll(_with_multiples(core, doublings))
+    share = _divide(core, basis)
+    return None if share is None else (f @ share, basis @ v)
+
+
+def _with_multiples(matrix: np.ndarray, doublings: int) -> np.ndarray:
+    """A basis, square, of the lattice that the rows of a square matrix and all multiples of q = 2**doublings span.
+
+    By elimination modulo q. The pivot is an entry with the fewest factors of two, so that it divides all others.
+    """
+    q = 2**doublings
+    rest = matrix % q
+    pivots = []
+    free = np.ones(len(matrix), bool)
+    while rest.any():
+        power = np.where(rest, rest & -rest, q)
+        row, column = np.unravel_index(np.argmin(power), power.shape)
+        unit = power[row, column]
+        pivots.append(rest[row] * pow(int(rest[row, column] // unit), -1, q) % q)
+        free[column] = False
+        rest = (rest - (rest[:, column] // unit)[:, None] * pivots[-1]) % q
+    return np.vstack([*pivots, q * np.eye(len(matrix), dtype=np.int64)[free]])
+
+
+def _divide(matrix: np.ndarray, basis: np.ndarray) -> np.ndarray | None:
+    """The integer X with ``X @ basis == matrix``; None if float64 does not find it."""
+    quotient = np.rint(np.linalg.solve(basis.T.astype(float), matrix.T.astype(float)).T).astype(np.int64)
+    return quotient if _is_product(matrix, quotient, basis) else None
+
+
+def _is_product(matrix: np.ndarray, x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether ``matrix == x @ y`` over the integers."""
+    bound = float(np.abs(x).max()) * float(np.abs(y).max()) * len(y)
+    if bound < 2**53:
+        return np.array_equal(matrix, x.astype(float) @ y.astype(float))
+    return bound < 2**62 and np.array_equal(matrix, x @ y)
+
+
+def _reduce(f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce F (rows, r) and G (r, columns) by steps ``G_i += c·G_j``, ``F_j −= c·F_i``, which leave ``F·G`` as it is.
+
+    A step lowers ``Σ_i ‖F_i‖²·‖G_i‖²``. Those of a round have no index in common, so that their gains add up.
+    """
+    # Only their Gram matrices take part: small, and none of the BLAS threads that other work may keep waiting.
+    gram_f, gram_g = (side.T @ side for side in (f.astype(float), g.T.astype(float)))
+    for_f, for_g = np.eye(len(g), dtype=np.int64), np.eye(len(g), dtype=np.int64)
+    while True:
+        norms_f, norms_g = np.diag(gram_f), np.diag(gram_g)
+        weight = norms_f[:, None] * norms_g
+        slope = gram_f * norms_g - norms_f[:, None] * gram_g
+        step = np.rint(slope / (2 * weight))
+        np.fill_diagonal(step, 0)
+        gain = 2 * step * (slope - step * weight)
+        least = max(gain.max() / 5, 1e-4 * weight.trace())
+        if gain.max() <= least:
+            return f @ for_f, for_g @ g
+        while gain.flat[best := int(np.argmax(gain))] > least:
+            i, j = divmod(best, len(g))
+            c = int(step[i, j])
+            for_g[i] += c * for_g[j]
+            for_f[:, j] -= c * for_f[:, i]
+            gram_g[i] += c * gram_g[j]
+            gram_g[:, i] += c * gram_g[:, j]
+            gram_f[j] -= c * gram_f[i]
+            gram_f[:, j] -= c * gram_f[:, i]
+            gain[[i, j]] = gain[:, [i, j]] = 0
+
+
+def _split_all(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:
+    """``Σ_i f_i ⊗ g_i`` over the rows of two matrices as at most `most` terms of int8, or None."""
+    terms: list[_Term] = []
+    for left, (x, y) in zip(reversed(range(len(f))), zip(f, g, strict=True), strict=True):
+        # Some of the slack, as constant parts may yet be merged.
+        parts = _split(x, y, 2 * most - len(terms) - left)
+        if parts is None:
+            return None
+        terms += parts
+    terms = _merge_constant(_merge_constant(terms, 1), 0)
+    return terms if len(terms) <= most else None
+
+
+def _merge_constant(terms: list[_Term], side: int) -> list[_Term]:
+    """The terms whose vector of that side is constant are together one outer product, which may take fewer."""
+    constant = [term for term in terms if _is_constant(term[side])]
+    others = [term for term in terms if not _is_constant(term[side])]
+    if len(constant) < 2:
+        return terms
+    total = sum(term[1 - side] * term[side][0] for term in constant)
+    ones = np.ones_like(constant[0][side])
+    merged = _split(*((total, ones) if side else (ones, total)), len(constant) - 1) if total.any() else []
+    return terms if merged is None else others + merged
+
+
+def _is_constant(vector: np.ndarray) -> bool:
+    return bool((vector == vector[0]).all())
+
+
+def _reach(vector: np.ndarray) -> tuple[int, int]:
+    """The largest p and n for which ``p·vector`` and ``−n·vector`` are int8; the vector is not 0."""
+    low, high = int(vector.min()), int(vector.max())
+    multiples = [(_LOW // low, _HIGH // -low)] if low < 0 else []
+    multiples += [(_HIGH // high, _LOW // -high)] if high > 0 else []
+    return tuple(map(min, zip(*multiples, strict=True)))
+
+
+def _split(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:
+    """``f ⊗ g``, neither 0, as at most `most` terms of int8, or None."""
+    if int(np.abs(f).max()) * int(np.abs(g).max()) > most * _MOST_PRODUCT:
+        return None
+    in_f, in_g = int(np.gcd.reduce(f)), int(np.gcd.reduce(g))
+    content = in_f * in_g
+    f, g = f // in_f, g // in_g
+    single = _as_one(f, g, content)
+    if single is not None:
+        return [single]
+    sides = [(f, content * g, False), (g, content * f, True)]
+    fitting = [side for side in sides if any(_reach(side[0]))]
+    choices = []
+    for x, y, swapped in fitting or sides:
+        terms = _split_second(x, y, most) if fitting else _split_both(x, y, most)
+        if terms:
+            choices.append([(y, x) for x, y in terms] if swapped else terms)
+    return min(choices, key=_cost, default=None)
+
+
+def _cost(terms: list[_Term]) -> tuple[int, int]:
+    return len(terms), sum(not _is_constant(x) and not _is_constant(y) for x, y in terms)
+
+
+def _as_one(f: np.ndarray, g: np.ndarray, content: int) -> _Term | None:
+    """``content·f ⊗ g`` as one term of int8, f and g about equally large, or None."""
+    reach_f, reach_g = _reach(f), _reach(g)
+    if content > max(reach_f) * max(reach_g):
+        return None
+    largest_f, largest_g = int(np.abs(f).max()), int(np.abs(g).max())
+    shares = (
+        (max(share * largest_f, content // share * largest_g), -sign, share)
+        for share in range(1, -_LOW + 1)
+        if content % share == 0
+        for sign, index in ((1, 0), (-1, 1))
+        if share <= reach_f[index] and content // share <= reach_g[index]
+    )
+    _, sign, share = min(shares, default=(0, 0, 0))
+    return (-sign * share * f, -sign * (content // share) * g) if share else None
+
+
+def _split_second(x: np.ndarray, y: np.ndarray, most: int) -> list[_Term]:
+    """``x ⊗ y`` as terms of int8, where x fits: y in digits with weights that x takes. Empty if over `most`."""
+    return [(weight * x, digit) for weight, digit in _digits(y, _reach(x), most)]
+
+
+def _split_both(x: np.ndarray, y: np.ndarray, most: int) -> list[_Term]:
+    """``x ⊗ y`` as terms of int8: x in digits and then y, for each of them anew. Empty if over `most`."""
+    terms: list[_Term] = []
+    for weight, digit in _digits(x, (1, 1), most):
+        parts = _split(digit, weight * y, most - len(terms))
+        if parts is None:
+            return []
+        terms += parts
+    return terms
+
+
+def _digits(y: np.ndarray, reach: tuple[int, int], most: int) -> list[_Digit]:
+    """``y = Σ weight·digit`` with digits of int8 and weights from −n to p, few of them; empty if over `most`.
+
+    Among as many, rather with a constant digit.
+    """
+    found = []
+    content = int(np.gcd.reduce(y))
+    for unit in range(1, max(reach) + 1):
+        if content % unit == 0:
+            rest, (p, n) = y // unit, (limit // unit for limit in reach)
+            for digits in (_offset_digits(rest, p, n), _plain_digits(rest, p, n, most)):
+                if 0 < len(digits) <= most:
+                    most = len(digits)
+                    found.append([(unit * weight, digit) for weight, digit in digits])
+    return min(found, key=lambda d: (len(d), not any(_is_constant(x) for _, x in d)), default=[])
+
+
+def _offset_digits(y: np.ndarray, p: int, n: int) -> list[_Digit]:
+    """``y`` as a constant and one more digit; empty if int8 does not hold its span."""
+    low, high = int(y.min()), int(y.max())
+    for sign, limit in ((1, p), (-1, n)):
+        # sign·(y − offset) is of int8 for these offsets.
+        first, last = (high - _HIGH, low - _LOW) if sign > 0 else (high + _LOW, low + _HIGH)
+        for weight in range(1, max(p, n) + 1) if limit and first <= last else ():
+            nearest = min(max(0, -(-first // weight)), last // weight) * weight
+            for signed in (weight, -weight):
+                constant = nearest // signed
+                if first <= nearest <= last and -n <= signed <= p and _LOW <= constant <= _HIGH:
+                    return [(sign, sign * (y - nearest)), (signed, np.full_like(y, constant))]
+    return []
+
+
+def _plain_digits(y: np.ndarray, p: int, n: int, most: int) -> list[_Digit]:
+    """``y`` in digits that have the largest weight, but for one at the end; empty if over `most`."""
+    weight = p if p >= n else -n
+    if int(np.abs(y).max()) > most * max(p, n) * -_LOW:
+        return []
+    digits: list[_Digit] = []
+    while y.any():
+        for sign, limit in ((1, p), (-1, n)):
+            if limit and (sign * y).min() >= _LOW and (sign * y).max() <= _HIGH:
+                return [*digits, (sign, sign * y)]
+        if len(digits) + 1 >= most:
+            return []
+        digits.append((weight, np.clip(np.rint(y / weight).astype(np.int64), _LOW, _HIGH)))
+        y = y - weight * digits[-1][1]
+    return digits
