@@ -31,8 +31,11 @@ _PRIMES = (2**31 - 1, 2**31 - 19, 2**31 - 61)
 _LOW, _HIGH = -128, 127
 _MOST_PRODUCT = _LOW * _LOW
 _MOST_DOUBLINGS = 12
-_TRY_ALL_UP_TO = 20
+_TRY_ALL_UP_TO = 16
 _TRY_BOTH_UP_TO = 32
+_FEW_DIGITS = 4
+# Terms over the limit that may yet be merged.
+_SLACK = 16
 # Part of the names of stored results: to be raised when other ones are to be found.
 _REVISION = 1
 
@@ -401,8 +404,8 @@ def _factorisations(error: np.ndarray, pivots: tuple[list[int], list[int]], most
     if not inner:
         return
     (f, _), (v, core) = outer, (side.T for side in inner)
-    # With determinant 1 or −1 there is one lattice only.
-    last = _MOST_DOUBLINGS if np.linalg.slogdet(core)[1] > 0.5 else 0
+    # With determinant 1 or −1 there is one lattice only; in a single term `_split` places the common divisors.
+    last = _MOST_DOUBLINGS if len(core) > 1 and np.linalg.slogdet(core)[1] > 0.5 else 0
     counts: dict[int, int] = {}
 
     def attempt(doublings: int) -> tuple[list[list[_Term]], bool]:
@@ -555,8 +558,7 @@ def _split_all(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:
     """``Σ_i f_i ⊗ g_i`` over the rows of two matrices as at most `most` terms of int8, or None."""
     terms: list[_Term] = []
     for left, (x, y) in zip(reversed(range(len(f))), zip(f, g, strict=True), strict=True):
-        # Some of the slack, as constant parts may yet be merged.
-        parts = _split(x, y, 2 * most - len(terms) - left)
+        parts = _split(x, y, most + _SLACK - len(terms) - left)
         if parts is None:
             return None
         terms += parts
@@ -652,7 +654,9 @@ def _digits(y: np.ndarray, reach: tuple[int, int], most: int) -> list[_Digit]:
     """
     found = []
     content = int(np.gcd.reduce(y))
-    for unit in range(1, max(reach) + 1):
+    # A unit other than 1 saves a digit at most, so that it is not worth its time where there are many.
+    few = int(np.abs(y).max()) <= _FEW_DIGITS * max(reach) * -_LOW
+    for unit in range(1, max(reach) + 1 if few else 2):
         if content % unit == 0:
             rest, (p, n) = y // unit, (limit // unit for limit in reach)
             for digits in (_offset_digits(rest, p, n), _plain_digits(rest, p, n, most)):
