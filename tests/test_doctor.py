@@ -116,7 +116,7 @@ def test_text_of_failures():
 
 
 def test_all_failing_fits_too(gpu, only, monkeypatch):
-    pytest.importorskip("cupy")
+    pytest.importorskip("cupy", reason="needs CuPy")
     gpu(driver=13000, torch_cuda="13.0")
     failing = {}
     monkeypatch.setattr(diagnosis, "_installed", lambda name: "1.0")
@@ -276,7 +276,7 @@ def test_cupy_missing_with_a_device(check, without, gpu, cuda, extra):
 
 
 def test_cupy_broken(only, without):
-    pytest.importorskip("cupy")
+    pytest.importorskip("cupy", reason="needs CuPy")
     without("cupy", ImportError("\n=====\nFailed to import CuPy.\nmore"))
     only("CuPy", "NVRTC", "engines")
     cupy, nvrtc, engines = approxconv.doctor().checks
@@ -286,7 +286,7 @@ def test_cupy_broken(only, without):
 
 
 def test_two_cupys(check, monkeypatch):
-    pytest.importorskip("cupy")
+    pytest.importorskip("cupy", reason="needs CuPy")
     both = ("cupy-cuda12x", "cupy-cuda13x")
     monkeypatch.setattr(diagnosis, "_installed", lambda name: "14" if name in both else None)
     found = check("CuPy")
@@ -295,7 +295,7 @@ def test_two_cupys(check, monkeypatch):
 
 
 def test_cupy_for_another_cuda(check, gpu):
-    cupy = pytest.importorskip("cupy")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
     major = cupy.cuda.driver.get_build_version() // 1000
     gpu(driver=1000 * (major + 1), torch_cuda=f"{major + 1}.0")
     found = check("CuPy")
@@ -309,7 +309,7 @@ def test_cupy_for_another_cuda(check, gpu):
 
 
 def test_nvrtc_missing(check, monkeypatch):
-    cupy = pytest.importorskip("cupy")
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
 
     def missing():
         raise RuntimeError("CuPy failed to load libnvrtc.so.12")
@@ -322,7 +322,7 @@ def test_nvrtc_missing(check, monkeypatch):
 
 
 def test_nvrtc_that_does_not_know_the_device(check, gpu, monkeypatch):
-    pytest.importorskip("cupy")
+    pytest.importorskip("cupy", reason="needs CuPy")
     gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (99, 9))
@@ -386,7 +386,8 @@ def test_wrong_compiler(check, monkeypatch, tmp_path):
 
 
 def test_numba_broken(only, without, monkeypatch):
-    monkeypatch.delitem(sys.modules, "approxconv.engines.cpu")
+    for name in [name for name in sys.modules if name.startswith("approxconv.engines.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
     without("numba", ImportError("Numba needs NumPy 2.3 or less"))
     only("engines", "threads", "self-test")
     engines, threads, tested = approxconv.doctor().checks

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from approxconv.engines import cpu, reference
-from approxconv.engines.cpu import BUILD_ROWS, LANES, MAX_PLANE, MAX_ROWS, MIN_ROWS, PLANE, STEPS
+from approxconv.engines.cpu import row_tables
+from approxconv.engines.cpu.depthwise import MAX_PLANE, PLANE
+from approxconv.engines.cpu.row_tables import BUILD_ROWS, LANES, MAX_ROWS, MIN_ROWS, STEPS
 
 # name: (lowest entry, highest entry, sides)
 RANGES = {
@@ -109,7 +111,7 @@ def set_threads():
 @pytest.fixture
 def little_scratch(monkeypatch):
     """Blocks of few rows, and few channels at a time."""
-    monkeypatch.setattr(cpu, "_SCRATCH_WORKER", 3000)
+    monkeypatch.setattr(row_tables, "_SCRATCH_WORKER", 3000)
 
 
 def run(engine, operator, *arguments):
@@ -219,7 +221,7 @@ def test_batched_matmul(table, case):
 def test_matmul_deeper_than_the_scratch(size, table, set_threads):
     set_threads(1)  # more threads would take fewer rows each
     generator = torch.Generator().manual_seed(4)
-    depth = cpu._SCRATCH_WORKER // MAX_ROWS + 9
+    depth = row_tables._SCRATCH_WORKER // MAX_ROWS + 9
     check("lut_matmul", codes(generator, size[0], depth), codes(generator, size[1], depth), table)
 
 
@@ -288,7 +290,7 @@ def test_conv2d_in_pieces(table, case, little_scratch):
 def test_conv2d_with_more_channels_than_the_scratch_holds(filters, set_threads):
     set_threads(1)
     generator = torch.Generator().manual_seed(7)
-    channels = cpu._SCRATCH_WORKER // (9 * MAX_ROWS) + 3
+    channels = row_tables._SCRATCH_WORKER // (9 * MAX_ROWS) + 3
     x, w = LAYOUTS["channels_last"](generator, 1, channels, 64, 64), codes(generator, filters, channels, 3, 3)
     check("lut_conv2d", x, w, TABLES["offset"], (1, 1), (1, 1), (1, 1), 1, 9)
 

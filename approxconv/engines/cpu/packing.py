@@ -1,0 +1,92 @@
+"""Implicit im2col: the codes that a block of output pixels sees, packed k-major."""
+
+from __future__ import annotations
+
+from .vectors import LANES, copy, fill, inline, jit, transpose
+
+
+@inline
+def copy_run(packed, at, x, start, step, count):
+    if step == 1:
+        copy(packed, at, x, start, count)
+    else:
+        target, source = packed[at:], x[start:]
+        for i in range(count):
+            target[i] = source[i * step]
+
+
+@jit
+def copy_channels(packed, at, k_stride, x, start, step, count, channels, offsets):
+    """Copy `count` pixels of `channels` contiguous codes each to one packed row a channel."""
+    for j in range(LANES):
+        offsets[j] = j * step
+    pixel = 0
+    while pixel + LANES <= count:
+        c = 0
+        while c + LANES <= channels:
+            transpose(packed, at + c * k_stride + pixel, k_stride, x, offsets, start + pixel * step + c)
+            c += LANES
+        while c < channels:
+            copy_run(packed, at + c * k_stride + pixel, x, start + pixel * step + c, step, LANES)
+            c += 1
+        pixel += LANES
+    for c in range(channels):
+        copy_run(packed, at + c * k_stride + pixel, x, start + pixel * step + c, step, count - pixel)
+
+
+@jit
+def pack(packed, rows, x, base, channels, strides, size, kernel, geometry, pad_code, runs, n_runs, offsets):
+    """Fill ``packed[(c·kh + r)·kw + s, m]`` with the codes that output pixels m see at tap (r, s) of channel c."""
+    stride_c, stride_h, stride_w = strides
+    height, width = size
+    kh, kw = kernel
+    step_h, step_w, pad_h, pad_w, dil_h, dil_w = geometry
+    taps = kh * kw
+    channels_last = stride_c == 1 and channels > 1
+    for r in range(kh):
+        for s in range(kw):
+            shift = s * dil_w - pad_w
+            first = 0 if shift >= 0 else (-shift + step_w - 1) // step_w
+            last = (width - 1 - shift) // step_w + 1 if width > shift else 0
+            k = r * kw + s
+            for i in range(n_runs):
+                m, image, row, col, count = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3], runs[i, 4]
+                ih = row * step_h - pad_h + r * dil_h
+                lo = min(max(first, col), col + count)
+                hi = max(min(last, col + count), lo)
+                if ih < 0 or ih >= height:
+                    lo = hi = col + count
+                start = base + image + ih * stride_h + (lo * step_w + shift) * stride_w
+                if lo > col:
+                    for c in range(channels):
+                        fill(packed, (c * taps + k) * rows + m, lo - col, pad_code)
+                if hi < col + count:
+                    for c in range(channels):
+                        fill(packed, (c * taps + k) * rows + m + hi - col, col + count - hi, pad_code)
+                if hi > lo:
+                    at = k * rows + m + lo - col
+                    if channels_last:
+                        copy_channels(packed, at, taps * rows, x, start, step_w * stride_w, hi - lo, channels, offsets)
+                    else:
+                        for c in range(channels):
+                            copy_run(packed, at + c * taps * rows, x, start + c * stride_c, step_w * stride_w, hi - lo)
+
+
+@jit
+def runs_of(first_row, rows, out_size, image_stride, out_image_stride, row_stride_out, runs, out_rows):
+    """Cut output pixels ``first_row …`` into runs within one image row; say where each pixel is written."""
+    out_h, out_w = out_size
+    n, m = 0, 0
+    while m < rows:
+        pixel = first_row + m
+        col = pixel % out_w
+        row = pixel // out_w % out_h
+        image = pixel // (out_w * out_h)
+        count = min(out_w - col, rows - m)
+        runs[n, 0], runs[n, 1], runs[n, 2], runs[n, 3], runs[n, 4] = m, image * image_stride, row, col, count
+        at = image * out_image_stride + (row * out_w + col) * row_stride_out
+        for i in range(count):
+            out_rows[m + i] = at + i * row_stride_out
+        n += 1
+        m += count
+    return n
