@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -46,6 +47,12 @@ def _row(cells: Sequence[str]) -> str:
 def titled(title: str, *parts: str) -> str:
     """A bold line above some HTML."""
     return f'<div style="color:currentColor"><strong>{escape(title)}</strong>{"".join(parts)}</div>'
+
+
+def image(png: bytes, about: str) -> str:
+    """A PNG that is part of the page."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<img alt="{escape(about)}" style="max-width:100%" src="{source}">'
 
 
 def preformatted(text: str, marked: int | None = None) -> str:

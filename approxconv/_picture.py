@@ -12,9 +12,9 @@ class Picture(Figure):
     """A figure that notebooks show without pyplot."""
 
     def _repr_png_(self) -> bytes:
-        return self._png(self.dpi)
+        return self.png(self.dpi)
 
-    def _png(self, dpi: float) -> bytes:
+    def png(self, dpi: float) -> bytes:
         file = BytesIO()
         ground = self.get_facecolor()
         # Opaque even where a style has it transparent: dark letters would not be seen in a dark notebook.
@@ -28,7 +28,7 @@ class Picture(Figure):
         colors = Image.new("P", (1, 1))
         colors.putpalette(palette)
         for dpi in (100, 80, 60, 45):
-            image = Image.open(BytesIO(self._png(dpi))).convert("RGB")
+            image = Image.open(BytesIO(self.png(dpi))).convert("RGB")
             file = BytesIO()
             image.quantize(palette=colors, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
             if file.tell() <= most_bytes:

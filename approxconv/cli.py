@@ -193,7 +193,7 @@ def _check_reading_back(multiplier: Multiplier, arguments: argparse.Namespace) -
 def _fitting(name_or_file: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options for all files that this one takes: some may be zoo names, or of formats without them."""
     path = Path(name_or_file)
-    if not path.is_file():
+    if not options or not path.is_file():
         return {}
     return {key: value for key, value in options.items() if key in ("format", *options_of(path, options.get("format")))}
 

@@ -17,11 +17,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._display import Shown, html_table, titled
 from ._version import __version__
@@ -282,11 +280,11 @@ def _newer_nvrtc() -> str:
 
 
 def _cache() -> tuple[bool, str, str]:
-    from .kernels.cache import _wanted_dir, cache_dir
+    from .kernels.cache import cache_dir, wanted_dir
 
     mend = "export APPROXCONV_CACHE_DIR=$(mktemp -d)  # or a folder that lasts"
     try:
-        folder, wanted = cache_dir(), _wanted_dir()
+        folder, wanted = cache_dir(), wanted_dir()
     except RuntimeError as error:  # no home
         return False, f"{_said(error)}, so every process compiles anew", mend
     if folder != wanted:
@@ -466,7 +464,7 @@ def _failures(engine: str, device: torch.device) -> Iterator[tuple[str, str]]:
             wrong = _wrong(source, engine, device)
         except Exception as error:
             wrong = _said(error)
-            if engine == "host_cuda" and isinstance(error, (KernelCompileError, OSError, CalledProcessError)):
+            if engine == "host_cuda" and isinstance(error, (KernelCompileError, OSError, subprocess.SubprocessError)):
                 mend = _INSTALL_GCC
             elif isinstance(error, KernelCompileError):
                 mend = _newer_nvrtc()
@@ -478,13 +476,22 @@ def _failures(engine: str, device: torch.device) -> Iterator[tuple[str, str]]:
 
 def _wrong(source: str, engine: str, device: torch.device) -> str | None:
     """The first element of an op's hostile cases that is not the oracle's."""
+    from .kernels.verify import Failure
+
     generator = torch.Generator().manual_seed(0)
     for case in _cases(source):
         x, w, table = case.operands(generator)
         expected = case.run(reference, x, w, table)
         got = case.run(_Ops(engine), x.to(device), w.view(torch.int8).to(device), table.to(device)).cpu()
-        if not torch.equal(got, expected):
-            return _difference(got, expected)
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            kinds = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (got, expected))
+            return "{}, expected {}".format(*kinds)
+        wrong = Failure.of(case, got, expected)
+        if wrong is not None:
+            return (
+                f"y{list(wrong.index)} = {wrong.got}, expected {wrong.expected}, "
+                f"{wrong.wrong} of {wrong.total} elements wrong"
+            )
     return None
 
 
@@ -494,15 +501,6 @@ class _Ops:
     def __init__(self, engine: str) -> None:
         for op in _OPS.values():
             setattr(self, op, partial(getattr(torch.ops.approxconv, op), engine=engine))
-
-
-def _difference(got: Tensor, expected: Tensor) -> str:
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        kinds = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (got, expected))
-        return "{}, expected {}".format(*kinds)
-    wrong = (got != expected).nonzero()
-    index = tuple(wrong[0].tolist())
-    return f"y{list(index)} = {got[index]}, expected {expected[index]}, {len(wrong)} of {got.numel()} elements wrong"
 
 
 def _cases(source: str) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._display import Shown, html_table, titled
+from ._display import Shown, html_table, image, titled
 from ._versioned import once_per_version
 from .multiplier import Multiplier, check_flag, operand_values
 
@@ -106,19 +105,19 @@ class Factorization(Shown):
         ImportError
             matplotlib is missing.
         """
-        from .pictures import _colormap, _picture
+        from .pictures import colormap, new_picture
 
         rows = max(self.rank, 1)
-        figure = _picture(figsize=(6.4, 1.2 + 0.22 * min(rows, 24)), layout="constrained")
+        figure = new_picture(figsize=(6.4, 1.2 + 0.22 * min(rows, 24)), layout="constrained")
         limit = max(_largest(self.f), _largest(self.g), 1)
         panels = figure.subplots(1, 2, sharey=True)
         for ax, name, operand, factors, values in zip(
             panels, "fg", ("activation", "weight"), (self.f, self.g), self._values, strict=True
         ):
             low, high = int(values.min()), int(values.max())
-            image = ax.imshow(
+            shown = ax.imshow(
                 factors.numpy()[:, np.argsort(values)] if self.rank else np.zeros((1, len(values))),
-                cmap=_colormap(),
+                cmap=colormap(),
                 vmin=-limit,
                 vmax=limit,
                 aspect="auto",
@@ -132,12 +131,12 @@ class Factorization(Shown):
             ax.tick_params(labelsize=7)
             ax.grid(False)
         panels[0].set_ylabel("term", fontsize=8)
-        figure.colorbar(image, ax=panels, format="{x:.0f}").ax.tick_params(labelsize=7)
+        figure.colorbar(shown, ax=panels, format="{x:.0f}").ax.tick_params(labelsize=7)
         return figure
 
     def _repr_html_(self) -> str:
         try:
-            png = self.plot()._png(80)
+            png = self.plot().png(80)
         except ImportError:
             png = None
         rows = [
@@ -146,11 +145,8 @@ class Factorization(Shown):
             ("f", _span(self.f)),
             ("g", _span(self.g)),
         ]
-        image = png and (
-            '<img alt="f and g by operand values" style="max-width:100%"'
-            f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        )
-        return titled(_formula(self), html_table(rows), image or "")
+        picture = "" if png is None else image(png, "f and g by operand values")
+        return titled(_formula(self), html_table(rows), picture)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Factorization):

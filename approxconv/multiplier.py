@@ -444,7 +444,8 @@ class Multiplier:
 
     def error(self) -> Tensor:
         """``table[a, w] - a·w``, int64, indexed by code as the table is."""
-        return self.table.long() - torch.from_numpy(np.multiply.outer(*self.operand_values()))
+        exact = np.multiply.outer(*self.operand_values())
+        return torch.from_numpy(self.table.numpy() - exact)  # by NumPy: waking torch's threads takes longer
 
     def metrics(self, a_hist: Any = None, w_hist: Any = None) -> dict[str, float]:
         """Error figures over all operand pairs, as EvoApproxLib defines them.
@@ -515,9 +516,14 @@ class Multiplier:
         return error_png(self)
 
     def _repr_html_(self) -> str:
-        from .pictures import to_html
+        from .pictures import error_png, to_html
 
-        return to_html(self)
+        return to_html(self, error_png(self))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        from .pictures import to_mimebundle
+
+        return to_mimebundle(self)
 
     def swap(self) -> Multiplier:
         """The same circuit with its operands exchanged: ``swap().table[w, a] == table[a, w]``."""

@@ -5,7 +5,6 @@ matplotlib and rich are imported when something is drawn. Nothing here touches p
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._display import html_table, printable
+from ._display import html_table, image, printable
 from .figures import printed_figures, probabilities
 from .multiplier import Multiplier, check_flag
 from .zoo import get_multiplier
@@ -65,7 +64,8 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(np.where(valid, values, 0) @ weights, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
-def _picture(**options: Any) -> Picture:
+def new_picture(**options: Any) -> Picture:
+    """A figure that notebooks show without pyplot, or an ImportError that says how to get matplotlib."""
     try:
         from ._picture import Picture
     except ImportError as error:
@@ -78,7 +78,7 @@ def _error_axes() -> Axes:
 
     By hand, as the constrained layout needs many drawings to settle where much hangs outside the axes.
     """
-    return _picture(figsize=_FIGURE_INCHES).add_axes(np.divide(_MAP_INCHES, 2 * _FIGURE_INCHES))
+    return new_picture(figsize=_FIGURE_INCHES).add_axes(np.divide(_MAP_INCHES, 2 * _FIGURE_INCHES))
 
 
 def _check_axes(ax: Any) -> Axes:
@@ -91,11 +91,12 @@ def _check_axes(ax: Any) -> Axes:
     return ax
 
 
-def _colormap() -> Colormap:
+def colormap() -> Colormap:
+    """From too small over exact, white, to too large."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    colormap = LinearSegmentedColormap.from_list("error", np.array(_COLORS) / 255)
-    return colormap.with_extremes(bad="0.8")
+    made = LinearSegmentedColormap.from_list("error", np.array(_COLORS) / 255)
+    return made.with_extremes(bad="0.8")
 
 
 def _limit(values: np.ndarray, relative: bool) -> float:
@@ -127,9 +128,9 @@ def plot_error(
     low, high = (float(f(values, where=np.isfinite(values), initial=0)) for f in (np.min, np.max))
     (a_low, a_high), (w_low, w_high) = multiplier.a_range, multiplier.w_range
 
-    image = ax.imshow(
+    shown = ax.imshow(
         values,
-        cmap=_colormap(),
+        cmap=colormap(),
         vmin=-limit,
         vmax=limit,
         origin="lower",
@@ -163,7 +164,7 @@ def plot_error(
     )  # fmt: skip
 
     extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((low < -limit, high > limit))
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.32, 0, 0.05, 1)), extend=extend or "neither", format="{x:.4g}")
+    bar = ax.figure.colorbar(shown, cax=ax.inset_axes((1.32, 0, 0.05, 1)), extend=extend or "neither", format="{x:.4g}")
     if min(low, 0) == max(high, 0):
         bar.set_ticks([0])
     elif not low < 0 < high:
@@ -267,7 +268,14 @@ def _between(anchors: Sequence[tuple[int, int, int]], places: np.ndarray) -> np.
     return np.stack([np.interp(places, at, channel) for channel in np.array(anchors).T], -1).round().astype(int)
 
 
-def to_html(multiplier: Multiplier) -> str:
+def to_mimebundle(multiplier: Multiplier) -> dict[str, Any]:
+    """What a notebook is offered of a multiplier, drawn once for all of it."""
+    png = error_png(multiplier)
+    picture = {} if png is None else {"image/png": png}
+    return {"text/plain": repr(multiplier), "text/html": to_html(multiplier, png), **picture}
+
+
+def to_html(multiplier: Multiplier, png: bytes | None) -> str:
     """What a notebook shows of a multiplier; every text in it is escaped, no colour of a text is set."""
     name = _name(multiplier, _LONGEST_NAME)
     rows = list(printed_figures(multiplier.metrics()).items())
@@ -278,18 +286,12 @@ def to_html(multiplier: Multiplier) -> str:
         rows.append((printable(key, _LONGEST_KEY), printable(text, _LONGEST_VALUE)))
     if len(multiplier.info) > _MOST_INFO:
         rows.append(("…", f"and {len(multiplier.info) - _MOST_INFO} more"))
-    png = error_png(multiplier)
-    image = ""
-    if png is not None:
-        image = (
-            f'<img alt="error of {escape(name)} by operand values" style="max-width:100%"'
-            f' src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        )
+    picture = "" if png is None else image(png, f"error of {name} by operand values")
     formats = f"activation {multiplier.a_format} × weight {multiplier.w_format}"
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start;color:currentColor">'
         f'<div style="max-width:28em"><strong>{escape(name)}</strong><br>{escape(formats)}'
-        f"{html_table(rows)}</div>{image}</div>"
+        f"{html_table(rows)}</div>{picture}</div>"
     )
 
 
@@ -348,7 +350,7 @@ def compare(multipliers: Iterable[Multiplier | str], *, figure: str = "MRE%") ->
     heights = [_SCATTER_INCHES] * bool(known.any())
     if not known.all():
         heights.append(np.clip(1.2 + 0.24 * (~known).sum(), 2.2, _TALLEST_INCHES))
-    drawn = _picture(figsize=(8, sum(heights)), layout="constrained")
+    drawn = new_picture(figsize=(8, sum(heights)), layout="constrained")
     axes = drawn.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     if known.any():
         power = np.array([multiplier.power for multiplier in chosen if multiplier.power is not None])

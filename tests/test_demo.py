@@ -79,7 +79,7 @@ NO_DEVICES = ("nonsense", "", "meta", "mps", "xpu", "xpu:1", "cpu:1", "cuda:-1",
         pytest.param(
             ["--device", "cuda"],
             "no CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device"),
         ),
     ],
 )

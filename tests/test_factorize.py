@@ -1,12 +1,10 @@
 import copy
 import json
-import os
 import pickle
 import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -544,16 +542,6 @@ def test_import_is_light():
 # EvoApproxLib
 
 
-@pytest.fixture(scope="module")
-def evoapprox():
-    folder = os.environ.get("APPROXCONV_REFERENCE_LUTS")
-    if not folder:
-        pytest.skip("APPROXCONV_REFERENCE_LUTS names no folder with EvoApproxLib's tables")
-    known = json.loads((Path(folder) / "mul8.json").read_text())
-    with np.load(Path(folder) / "mul8.npz") as tables:
-        return {n: Multiplier(tables[n], a_signed=k["signed"], w_signed=k["signed"], name=n) for n, k in known.items()}
-
-
 # Most terms; that is the lower rank of both scales but for 13QR (4), 17KS (18), FTA (17) and QKX (51).
 EVOAPPROX = {
     "mul8s_1KR3": 1,
@@ -584,9 +572,9 @@ EVOAPPROX = {
 }
 
 
-def test_evoapprox(evoapprox):
-    assert evoapprox.keys() == EVOAPPROX.keys()
-    for name, m in evoapprox.items():
+def test_evoapprox(reference_multipliers):
+    assert reference_multipliers.keys() == EVOAPPROX.keys()
+    for name, m in reference_multipliers.items():
         factors = exact_or_none(m)
         if EVOAPPROX[name] is None:
             assert factors is None, name

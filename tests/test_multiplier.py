@@ -1,13 +1,10 @@
 import copy
 import itertools
-import json
 import math
-import os
 import pickle
 import re
 import types
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1005,16 +1002,9 @@ def test_sign_magnitude_is_another_circuit():
 
 
 @pytest.fixture(scope="module")
-def evoapprox():
+def evoapprox(reference_multipliers):
     """``[(Multiplier, its metrics, published figures)]``; a row is the code of the circuit's first argument."""
-    folder = os.environ.get("APPROXCONV_REFERENCE_LUTS")
-    if not folder:
-        pytest.skip("APPROXCONV_REFERENCE_LUTS names no folder with EvoApproxLib's tables")
-    known = json.loads((Path(folder) / "mul8.json").read_text())
-    with np.load(Path(folder) / "mul8.npz") as tables:
-        circuits = [Multiplier(tables[n], a_signed=k["signed"], w_signed=k["signed"], name=n) for n, k in known.items()]
-    assert len(circuits) == 25
-    return [(m, m.metrics(), known[m.name]["published"]) for m in circuits]
+    return [(m, m.metrics(), m.info) for m in reference_multipliers.values()]
 
 
 # 100 * 1.25 / 65536 is 0.0019.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("IPython")
+pytest.importorskip("IPython", reason="needs IPython")
 
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
@@ -543,8 +543,8 @@ def test_in_a_terminal(tmp_path, monkeypatch):
 @needs_compiler
 def test_in_a_notebook(tmp_path, monkeypatch):
     """End to end: a kernel is edited wrongly and rightly, a multiplier is made, all by Jupyter's own means."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
+    nbclient, nbformat = (pytest.importorskip(each, reason="needs nbclient") for each in ("nbclient", "nbformat"))
+    pytest.importorskip("ipykernel", reason="needs ipykernel")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     text = kernels.source("lut_dwconv2d")
     cells = [

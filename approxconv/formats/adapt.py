@@ -21,7 +21,7 @@ import numpy as np
 
 from ..multiplier import MAX_BITS, Multiplier
 from .errors import FormatError
-from .format import Format, check_order, line_at, operand_signs, read_text, square_side, table_multiplier
+from .format import Format, check_order, is_unsigned, line_at, operand_signs, read_text, square_side, table_multiplier
 from .integers import parse_integers
 
 _MAX_BYTES = 2**21
@@ -198,10 +198,8 @@ def save_adapt(multiplier: Multiplier, path: Path, *, order: str | None = None) 
     """
     order = "weight_first" if order is None else check_order(order)
     table = multiplier.table.numpy()
-    unsigned = not multiplier.a_signed and not multiplier.w_signed and table.min() >= 0
-    fitting = [
-        name for name in (("uint16", "uint32") if unsigned else ("int16", "int32")) if _fits(table, np.iinfo(name))
-    ]
+    names = ("uint16", "uint32") if is_unsigned(multiplier) else ("int16", "int32")
+    fitting = [name for name in names if _fits(table, np.iinfo(name))]
     rows = (table.T if order == "weight_first" else table).tolist()
     sides = f"[{len(rows)}][{len(rows[0])}]"
     body = ",\n".join(f"{{{', '.join(map(str, row))}}}" for row in rows)

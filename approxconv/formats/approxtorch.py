@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
-from .format import Format, check_order, operand_signs, read_text, square_side, table_multiplier
+from ..multiplier import MAX_BITS, Multiplier
+from .format import SIDES, Format, check_order, operand_signs, read_text, square_side, table_multiplier
 from .integers import head_lines, only_integers, parse_integers
 
 _MAX_BYTES = 2**21
@@ -58,7 +58,7 @@ def _shifted(table: np.ndarray, rows_signed: bool, columns_signed: bool) -> np.n
 def _recognise(head: bytes) -> bool:
     lines = head_lines(head)
     widths = {len(line.split()) for line in lines}
-    return only_integers(lines) and len(widths) == 1 and widths <= {2**bits for bits in range(MIN_BITS, MAX_BITS + 1)}
+    return only_integers(lines) and len(widths) == 1 and widths <= set(SIDES)
 
 
 FORMAT = Format("approxtorch", (".txt",), load_approxtorch, _recognise, save_approxtorch)

@@ -253,7 +253,7 @@ def load_function(
     """
     path = Path(path)
     require_file(path)
-    function = _function(path, _read(path), bits, a_signed, w_signed, swap)
+    function = _function(path, _read(path), bits=bits, a_signed=a_signed, w_signed=w_signed, swap=swap)
     function(*(np.zeros(1, int) for _ in function.bits))  # says now what in it cannot be evaluated
     return function
 
@@ -265,10 +265,11 @@ def _read(path: Path) -> str:
 def _function(
     path: Path,
     text: str,
-    bits: int | tuple[int, int] | None,
-    a_signed: bool | None,
-    w_signed: bool | None,
-    swap: bool,
+    *,
+    bits: int | tuple[int, int] | None = None,
+    a_signed: bool | None = None,
+    w_signed: bool | None = None,
+    swap: bool = False,
 ) -> CFunction:
     widths = None if bits is None else check_bits(bits, MAX_FUNCTION_BITS)
     for flag, value in (("a_signed", a_signed), ("w_signed", w_signed), ("swap", swap)):
@@ -325,17 +326,9 @@ def load_c_model(
     return tabulate(path, _read(path), bits=bits, a_signed=a_signed, w_signed=w_signed, swap=swap)
 
 
-def tabulate(
-    path: Path,
-    text: str,
-    *,
-    bits: int | tuple[int, int] | None = None,
-    a_signed: bool | None = None,
-    w_signed: bool | None = None,
-    swap: bool = False,
-) -> Multiplier:
+def tabulate(path: Path, text: str, **options: Any) -> Multiplier:
     """Like `load_c_model`, of a text; `path` is for messages and, where the function's does not say it, its formats."""
-    function = _function(path, text, bits, a_signed, w_signed, swap)
+    function = _function(path, text, **options)
     if max(function.bits) > MAX_BITS:
         raise FormatError(
             path,
@@ -358,14 +351,12 @@ def _compare_with_header(multiplier: Multiplier, path: Path) -> None:
     printed = {key: quantity for key, quantity in printed.items() if quantity and (key != "EP" or quantity.unit == "%")}
     if not printed:
         return
-    error = multiplier.error().numpy()
-    magnitude = np.abs(error)
-    share = 100 * np.count_nonzero(error) / error.size
-    found = {"MAE": float(magnitude.mean()), "WCE": float(magnitude.max()), "EP%": share, "EP": share}
+    metrics = multiplier.metrics()
     for key, quantity in printed.items():
-        if abs(found[key] - quantity.value) > quantity.last_digit * (1 + 1e-9):
+        found = metrics["EP%" if key == "EP" else key]
+        if abs(found - quantity.value) > quantity.last_digit * (1 + 1e-9):
             warnings.warn(
-                f"{path}: its header says {key} = {multiplier.info[key]}, its circuit has {found[key]:.10g}",
+                f"{path}: its header says {key} = {multiplier.info[key]}, its circuit has {found:.10g}",
                 stacklevel=5,
             )
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
+from ..multiplier import Multiplier
 from .errors import FormatError
-from .format import Format, check_order, line_at, read_text, table_multiplier
+from .format import SIDES, Format, check_order, line_at, read_text, table_multiplier
 from .integers import head_lines, only_integers, parse_integers
 
 _MAX_BYTES = 2**21
-_SIDES = [2**bits for bits in range(MIN_BITS, MAX_BITS + 1)]
-_LABELLED = [side + 1 for side in _SIDES]
+_LABELLED = [side + 1 for side in SIDES]
 _INTEGER = re.compile("[+-]?[0-9]+")
 
 
@@ -33,10 +32,10 @@ def load_csv_table(
     """
     weight_first = check_order(order) == "weight_first"
     cells, lines, corner = _read_cells(read_text(path, _MAX_BYTES), path)
-    if not all(side in _SIDES or side in _LABELLED for side in cells.shape):
+    if not all(side in SIDES or side in _LABELLED for side in cells.shape):
         raise FormatError(
             path,
-            f"must hold 2**bits rows and columns, {_SIDES[0]} to {_SIDES[-1]}, and one more of each for labels, got "
+            f"must hold 2**bits rows and columns, {SIDES[0]} to {SIDES[-1]}, and one more of each for labels, got "
             f"{' × '.join(map(str, cells.shape))}",
         )
     has_header, has_index = (side in _LABELLED for side in cells.shape)
@@ -75,8 +74,8 @@ def _read_cells(text: str, path: Path) -> tuple[np.ndarray, np.ndarray, str]:
         raise FormatError(path, "must have one kind of separator, got ',' beside ';'", line_at(text, text.index(",")))
     rows = [line.strip(" \t").removesuffix(separator or "\n") for line in text.split("\n")]
     filled = [at for at, row in enumerate(rows) if row]
-    if len(filled) < _SIDES[0]:
-        raise FormatError(path, f"must hold at least {_SIDES[0]} lines, got {len(filled)}")
+    if len(filled) < SIDES[0]:
+        raise FormatError(path, f"must hold at least {SIDES[0]} lines, got {len(filled)}")
     if len(filled) > _LABELLED[-1]:
         raise FormatError(path, f"must hold at most {_LABELLED[-1]} lines", filled[_LABELLED[-1]] + 1)
 
@@ -110,7 +109,7 @@ def _recognise(head: bytes) -> bool:
         return False
     separator = next((each for each in (b";", b",") if each in lines[1]), None)
     first, *widths = (len(line.removesuffix(separator or b"\n").split(separator)) for line in lines)
-    return len(set(widths)) == 1 and widths[0] in _SIDES + _LABELLED and first in (widths[0], widths[0] - 1)
+    return len(set(widths)) == 1 and widths[0] in SIDES + _LABELLED and first in (widths[0], widths[0] - 1)
 
 
 FORMAT = Format("csv", (".csv",), load_csv_table, _recognise, save_csv_table)

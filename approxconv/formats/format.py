@@ -14,7 +14,7 @@ import numpy as np
 from ..multiplier import MAX_BITS, MIN_BITS, Multiplier, operand_values
 from .errors import FormatError
 
-_SIDES = [2**bits for bits in range(MIN_BITS, MAX_BITS + 1)]
+SIDES = [2**bits for bits in range(MIN_BITS, MAX_BITS + 1)]
 _LEAST_LIKENESS, _LEAST_LEAD = 0.8, 0.05
 ORDERS = ("activation_first", "weight_first")
 _EVOAPPROX_NAME = re.compile(r"mul(?P<a>[0-9]{1,2})(?:x(?P<w>[0-9]{1,2}))?(?P<sign>[us])_")
@@ -152,7 +152,7 @@ def operand_signs(
 
 def _likeness(table: np.ndarray, a_signed: bool, w_signed: bool) -> float:
     """Cosine of the angle between a table and the exact products of its operands; 0 if it is no table."""
-    if table.ndim != 2 or not all(side in _SIDES for side in table.shape) or not np.isfinite(table).all():
+    if table.ndim != 2 or not all(side in SIDES for side in table.shape) or not np.isfinite(table).all():
         return 0.0
     bits = [side.bit_length() - 1 for side in table.shape]
     exact = np.multiply.outer(operand_values(bits[0], a_signed), operand_values(bits[1], w_signed)).astype(float)
@@ -204,6 +204,11 @@ def table_multiplier(
         raise FormatError(path, str(error)) from None
 
 
+def is_unsigned(multiplier: Multiplier) -> bool:
+    """Whether neither an operand nor an entry needs a sign."""
+    return not multiplier.a_signed and not multiplier.w_signed and multiplier.prepared.low >= 0
+
+
 def check_order(order: str | None) -> str:
     """The order, or a ValueError that says which there are."""
     if order is None:
@@ -215,7 +220,7 @@ def check_order(order: str | None) -> str:
 
 def square_side(path: Path, entries: int) -> int:
     """Side of a square table of so many entries, 2 to 8 bits an operand, or a FormatError."""
-    for bits in range(2, MAX_BITS + 1):
-        if entries == 4**bits:
-            return 2**bits
+    for side in SIDES:
+        if entries == side**2:
+            return side
     raise FormatError(path, f"must hold 4**bits entries, {4**MAX_BITS:,} for 8 bits, got {entries:,}")

@@ -12,7 +12,7 @@ from numpy.lib import format as npy_format
 
 from ..multiplier import MAX_BITS, Multiplier
 from .errors import FormatError
-from .format import Format, check_order, read_bytes, table_multiplier
+from .format import Format, check_order, is_unsigned, read_bytes, table_multiplier
 
 MAX_BYTES = 8 * 4**MAX_BITS + 2**16  # the largest table in the widest dtype, and a generous header
 _MAGIC = b"\x93NUMPY"
@@ -60,9 +60,8 @@ def save_npy(multiplier: Multiplier, path: Path, *, order: str | None = None) ->
     """Write the table as int32, or as uint32 if neither an operand nor an entry is signed."""
     weight_first = check_order(order) == "weight_first"
     table = multiplier.table.numpy()
-    unsigned = not multiplier.a_signed and not multiplier.w_signed and table.min() >= 0
     with path.open("wb") as file:  # a path NumPy would append .npy to, were it .NPY
-        np.save(file, (table.T if weight_first else table).astype(np.uint32 if unsigned else np.int32))
+        np.save(file, (table.T if weight_first else table).astype(np.uint32 if is_unsigned(multiplier) else np.int32))
 
 
 FORMAT = Format("npy", (".npy",), load_npy, lambda head: head.startswith(_MAGIC), save_npy)

@@ -28,7 +28,7 @@ def cache_dir() -> Path:
     written, a temporary folder of this process.
     """
     try:
-        folder = _wanted_dir()
+        folder = wanted_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
@@ -36,7 +36,8 @@ def cache_dir() -> Path:
         return _temporary_dir(os.getpid())
 
 
-def _wanted_dir() -> Path:
+def wanted_dir() -> Path:
+    """The folder that `cache_dir` makes where that can be written."""
     if chosen := os.environ.get("APPROXCONV_CACHE_DIR"):
         return Path(chosen).expanduser().absolute()
     if (base := os.environ.get("XDG_CACHE_HOME")) and os.path.isabs(base):

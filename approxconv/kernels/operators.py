@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache, wraps
 
 import torch
@@ -30,8 +29,10 @@ def _replanned(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(operator)
     def computed(*arguments: object) -> Tensor:
         for _ in range(_MOST_EDITS):
-            with suppress(SourceEditedError):
+            try:
                 return operator(*arguments)
+            except SourceEditedError:
+                continue
         return operator(*arguments)
 
     return computed

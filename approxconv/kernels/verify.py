@@ -191,6 +191,15 @@ class Failure:
     got: int
     expected: int
 
+    @classmethod
+    def of(cls, case: Case, got: Tensor, expected: Tensor) -> Failure | None:
+        """How a result of a case differs from what is expected, which has its shape; None if it does not."""
+        if torch.equal(got, expected):
+            return None
+        wrong = (got != expected).nonzero()
+        index = tuple(wrong[0].tolist())
+        return cls(case, len(wrong), got.numel(), index, int(got[index]), int(expected[index]))
+
     def __str__(self) -> str:
         return (
             f"{self.case}: {self.wrong} of {self.total} elements differ, first y{list(self.index)} = {self.got}, "
@@ -292,12 +301,11 @@ def verify(
             expected = case.run(reference, *operands)
             on_device = (tensor.to(device) for tensor in operands)
             got = case.run(base.with_kernel(name, case.variant), *on_device).cpu()
-            if torch.equal(got, expected):
+            failure = Failure.of(case, got, expected)
+            if failure is None:
                 passed += 1
                 continue
-            wrong = (got != expected).nonzero()
-            index = tuple(wrong[0].tolist())
-            failures.append(Failure(case, len(wrong), got.numel(), index, int(got[index]), int(expected[index])))
+            failures.append(failure)
             if len(failures) >= most_failures:
                 return VerificationReport(name, engine_name, passed, tuple(failures))
     return VerificationReport(name, engine_name, passed, tuple(failures))

@@ -1,5 +1,4 @@
 import itertools
-import os
 import re
 import struct
 import warnings
@@ -369,16 +368,8 @@ def warned_of_quadrant(write, table):
     return [bool(re.search(r"mul8s_X\.h.*negative operands", str(each.message))) for each in caught] == [True]
 
 
-def reference_tables():
-    folder = os.environ.get("APPROXCONV_REFERENCE_LUTS")
-    if not folder:
-        pytest.skip("APPROXCONV_REFERENCE_LUTS names no folder with EvoApproxLib's tables")
-    with np.load(Path(folder) / "mul8.npz") as file:
-        return {name: file[name].tolist() for name in file.files if name.startswith("mul8s_")}
-
-
-def test_the_converters_quadrant_is_warned_of(write):
-    tables = reference_tables()
+def test_the_converters_quadrant_is_warned_of(write, reference_multipliers):
+    tables = {name: m.table.tolist() for name, m in reference_multipliers.items() if m.a_signed}
     assert len(tables) == 6
     for table in tables.values():
         assert not warned_of_quadrant(write, table)

@@ -268,6 +268,14 @@ def test_etm_at_the_12_bits_of_the_paper():
     assert ETM.unsigned(a, w, k=6).tolist() == [(53 * 10 << 12) + 0b011111_111111, 45 * 25]
 
 
+def test_etm_accuracies_at_12_bits_lie_where_the_paper_s_samples_do():
+    a, w = np.meshgrid(np.arange(1, 2**12), np.arange(1, 2**12), indexing="ij")
+    accuracy = 100 * (1 - np.abs(ETM.unsigned(a, w, k=6) / (a * w) - 1))
+    assert 94 <= np.median(accuracy) <= accuracy.max() == 100
+    assert np.median(accuracy) == pytest.approx(96.4, abs=0.05)
+    assert (accuracy >= 94).mean() == pytest.approx(0.71, abs=0.005)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.stem)
 def test_every_name_builds_in_the_four_formats(family):
     names = list(family.names())
