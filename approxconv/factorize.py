@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -33,6 +34,8 @@ _MOST_DOUBLINGS = 12
 _TRY_ALL_UP_TO = 16
 _TRY_BOTH_UP_TO = 32
 _FEW_DIGITS = 4
+# Side of the corner of a table by which one of high rank is told.
+_SAMPLE = 80
 # Terms over the limit that may yet be merged.
 _SLACK = 16
 # Part of the names of stored results: to be raised when other ones are to be found.
@@ -247,6 +250,36 @@ def factorize(multiplier: Multiplier) -> Factorization | None:
 
 
 @once_per_version
+def factorize_table(table: Tensor) -> Factorization | None:
+    """`factorize` of a bare table, which does not say how its codes are read: in the reading that takes fewest terms.
+
+    Parameters
+    ----------
+    table : Tensor
+        int32, ``(2**a_bits, 2**w_bits)``, on any device.
+
+    Returns
+    -------
+    Factorization or None
+        On the CPU. The same object until the table is written to.
+    """
+    entries = table.cpu().numpy().astype(np.int64)
+    sample = entries[:_SAMPLE, :_SAMPLE] if min(entries.shape) >= _SAMPLE else entries
+    # The product changes the rank by 1 at most, so that a random table is told from its corner.
+    if _pivots(sample, _PRIMES[0], MOST_TERMS + 1) is None:
+        return None
+    readings = []
+    for signs in itertools.product((False, True), repeat=2):
+        a, w = (
+            operand_values(side.bit_length() - 1, signed) for side, signed in zip(entries.shape, signs, strict=True)
+        )
+        pivots = _pivots(entries - np.multiply.outer(a, w), _PRIMES[0])
+        readings.append((MOST_TERMS + 1 if pivots is None else len(pivots[0]), signs))
+    a_signed, w_signed = min(readings)[1]
+    return factorize(Multiplier(table.cpu(), a_signed=a_signed, w_signed=w_signed))
+
+
+@once_per_version
 def _found(table: Tensor) -> dict[tuple[bool, bool], tuple[Factorization | None, tuple[int, int] | None]]:
     """What is known of this version of a table, by the operands' signedness; filled by `factorize`."""
     return {}
@@ -373,13 +406,13 @@ def _as_int8(terms: Sequence[_Term], shape: tuple[int, int]) -> tuple[np.ndarray
     return tuple(np.where(turned, -side, side).astype(np.int8) for side in (f, g))
 
 
-def _pivots(matrix: np.ndarray, prime: int) -> tuple[list[int], list[int]] | None:
-    """Rows and columns whose minor is a multiple neither of `prime` nor 0, as many as there are; None if over 64."""
+def _pivots(matrix: np.ndarray, prime: int, most: int = MOST_TERMS) -> tuple[list[int], list[int]] | None:
+    """Rows and columns whose minor is a multiple neither of `prime` nor 0, all there are; None if over `most`."""
     rest = matrix % prime
     rows: list[int] = []
     columns: list[int] = []
     while (left := rest.any(axis=1)).any():
-        if len(rows) == MOST_TERMS:
+        if len(rows) == most:
             return None
         row = int(np.argmax(left))
         column = int(np.argmax(rest[row] != 0))
