@@ -24,8 +24,6 @@ from .work import Work
 
 ENGINES = ("reference", "cpu", "factored", "truncated", "cuda", "host_cuda", "host_factored")
 _KERNEL_ENGINES = ("cuda", "host_cuda")
-# Multiplications from which it may pay to learn whether a table has few terms, which takes up to half a second once.
-_WORTH_FACTORISING = 2**22
 _DEVICE_ENGINE = {"cpu": "cpu", "cuda": "cuda"}
 _override: ContextVar[str] = ContextVar("approxconv_engine", default="auto")
 
@@ -96,7 +94,7 @@ def select(name: str, device: torch.device) -> Any:
     ImportError
         It needs a package that is not installed; the message names the extra.
     """
-    name = _named(name)
+    name = requested(name)
     if name == "auto":
         name = _DEVICE_ENGINE.get(device.type, "reference")
     base, _, variant = name.partition(":")
@@ -109,7 +107,8 @@ def select(name: str, device: torch.device) -> Any:
     return engine
 
 
-def _named(name: str) -> str:
+def requested(name: str) -> str:
+    """The engine that is asked for by `name`, or where that is ``"auto"`` by `use_engine`."""
     return _override.get() if check_engine(name) == "auto" else name
 
 
@@ -121,13 +120,15 @@ def choose(name: str, table: Tensor, work: Work) -> tuple[str, Any]:
     ValueError, EngineError, ImportError
         As `select`.
     """
-    name = _named(name)
+    name = requested(name)
     engine = select(name, table.device)
     if name != "auto":
         return name, engine
-    if work.macs >= _WORTH_FACTORISING and table.device.type in _DEVICE_ENGINE:
+    if table.device.type not in _DEVICE_ENGINE:
+        return "reference", engine
+    if not work.is_small:
         from . import factored
 
-        if factored.is_faster(work, table):
+        if factored.weigh(work, table).is_faster:
             return "factored", factored
-    return _DEVICE_ENGINE.get(table.device.type, "reference"), engine
+    return _DEVICE_ENGINE[table.device.type], engine

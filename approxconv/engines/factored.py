@@ -8,7 +8,8 @@ limited by memory there already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,20 +56,49 @@ def _on(form: ByteForm, device: torch.device) -> ByteForm:
     return form
 
 
-def is_faster(work: Work, table: Tensor) -> bool:
-    """Whether this engine should be faster than the device's row tables; exact either way."""
-    if table.is_inference():  # has no version: it would be factorised on every call
-        return False
-    if table.device.type == "cuda" and "form" not in _known(table) and torch.cuda.is_current_stream_capturing():
-        return False  # the table cannot be read while a graph is recorded
+@dataclass(frozen=True)
+class Verdict:
+    """Whether this engine should be faster than the device's row tables, and in words why; exact either way."""
+
+    is_faster: bool
+    why: str
+    products: int = 0
+
+
+_NO_VERSION = Verdict(False, "the table is an inference tensor, which would be factorised anew on every call")
+_CAPTURING = Verdict(False, "the table cannot be read while a CUDA graph is recorded")
+_HIGH_RANK = Verdict(False, f"the table has no factorisation of at most {MOST_TERMS} terms")
+_IN_MEMORY = Verdict(False, "row tables of a depthwise convolution are limited by a GPU's memory already")
+
+
+def weigh(work: Work, table: Tensor) -> Verdict:
+    """Compare with the device's row tables."""
+    on_gpu = table.device.type == "cuda"
+    if table.is_inference():
+        return _NO_VERSION
+    if on_gpu and work.operator == "lut_dwconv2d":
+        return _IN_MEMORY
+    if on_gpu and "form" not in _known(table) and torch.cuda.is_current_stream_capturing():
+        return _CAPTURING
     form = known_form(table)
     if form is None:
-        return False
-    if table.device.type == "cuda":
+        return _HIGH_RANK
+    if on_gpu:
         from ..kernels.factored import cuda_engine
 
-        return work.operator != "lut_dwconv2d" and form.products <= cuda_engine().most_products(table.device)
-    return cost.seconds("factored", work, form.products) < cost.seconds("cpu", work)
+        most = cuda_engine().most_products(table.device)
+        return _verdict(form.products <= most, form.products)
+    return _verdict(cost.seconds("factored", work, form.products) < cost.seconds("cpu", work), form.products)
+
+
+@cache
+def _verdict(is_faster: bool, products: int) -> Verdict:
+    gemms = "product" if products == 1 else "products"
+    return Verdict(
+        is_faster,
+        f"{products} {gemms} of 8-bit integers should take {'less' if is_faster else 'more'} than row tables",
+        products,
+    )
 
 
 def form_of(table: Tensor) -> ByteForm:

@@ -12,6 +12,7 @@ import torch
 from ..geometry import conv_output_size
 
 _MOST_REMEMBERED = 4096
+_SMALL = 2**22
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Work:
     def macs(self) -> int:
         """Multiplications, or lookups."""
         return self.groups * self.rows * self.lanes * self.depth
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is not worth learning if the table has few terms, which can take half a second once a table."""
+        return self.macs < _SMALL
 
     @classmethod
     def matmul(cls, x: Sequence[int], w: Sequence[int]) -> Work:
