@@ -321,7 +321,7 @@ def _block(
 
 
 @lru_cache(maxsize=64)
-def _prepared(form: ByteForm) -> tuple[Any, ...]:
+def prepared(form: ByteForm) -> tuple[Any, ...]:
     """u and v flat; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
 
     def digits(by_code: Tensor | None) -> tuple[tuple[np.ndarray, int], int]:
@@ -335,7 +335,7 @@ def _prepared(form: ByteForm) -> tuple[Any, ...]:
 
     u, v = (np.ascontiguousarray(side.numpy()).view(np.uint8).reshape(-1) for side in (form.u, form.v))
     (rows, row_base), (columns, column_base) = digits(form.by_row), digits(form.by_column)
-    return u, v, rows, columns, row_base + column_base
+    return u, v, rows, columns, row_base + column_base, form.by_column.numpy().astype(np.int64) - column_base
 
 
 def _aligned(count: int) -> np.ndarray:
@@ -425,7 +425,7 @@ def _partial_sum(
     batch, groups, channels, *size = x.shape
     _, lanes, _, kh, kw = w.shape
     step_h, step_w, _, _, dil_h, dil_w = geometry
-    u, v, (row_digits, row_count), (column_digits, column_count), base = _prepared(form)
+    u, v, (row_digits, row_count), (column_digits, column_count), base, _ = prepared(form)
     products, depth = form.products, -(-channels // QUAD) * QUAD
     vectors = -(-lanes // LANES)
     n_tiles = -(-vectors // len(path.rows))
@@ -520,18 +520,18 @@ def usable(path: str) -> bool:
 
 
 @cache
-def _best() -> str:
+def best() -> str:
     return next(path for path in PATHS if path == "generic" or usable(path))
 
 
 def instruction() -> str | None:
     """The path of `PATHS` that dot products take here; None if it is the one for any CPU."""
-    return None if _best() == "generic" else _best()
+    return None if best() == "generic" else best()
 
 
 def form_matmul(x: Tensor, w: Tensor, form: ByteForm) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]`` of the table in byte form."""
-    return _matmul(x, w, form, _best())
+    return _matmul(x, w, form, best())
 
 
 def form_conv2d(
@@ -557,6 +557,6 @@ def form_conv2d(
         (out_h, out_w),
         (*stride, *padding, *dilation),
         pad_code,
-        _best(),
+        best(),
     )
     return y

@@ -221,6 +221,16 @@ def look_up(
     return signature, codegen
 
 
+def _zipped(builder: Any, a: Any, b: Any) -> Any:
+    picks = [pick for i in range(a.type.count) for pick in (i, a.type.count + i)]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, len(picks)), picks))
+
+
+def _quads(builder: Any, rows: Sequence[Any]) -> Any:
+    """Four vectors of 16 bytes as 16 times four."""
+    return _zipped(builder, _zipped(builder, rows[0], rows[2]), _zipped(builder, rows[1], rows[3]))
+
+
 @intrinsic
 def interleave(_: Any, target: Any, at: Any, source: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
     """``target[at + 4j + t] = source[<t-th place> + j]`` for j < 16, on flat byte arrays."""
@@ -233,15 +243,99 @@ def interleave(_: Any, target: Any, at: Any, source: Any, first: Any, second: An
         rows = [
             builder.load(vector_at(builder, builder.gep(source_at, [place]), vector), align=1) for place in args[3:]
         ]
-
-        def zipped(a: Any, b: Any) -> Any:
-            n = a.type.count
-            picks = [pick for i in range(n) for pick in (i, n + i)]
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, 2 * n), picks))
-
-        quads = zipped(zipped(rows[0], rows[2]), zipped(rows[1], rows[3]))
+        quads = _quads(builder, rows)
         to = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
         builder.store(quads, vector_at(builder, to, quads.type), align=1)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+STRIPS = 4
+
+
+def _dot_strips(step: int) -> Any:
+    """Intrinsic: sums of pixels' taps, four strips of 16 pixels at a time.
+
+    ``acc[at + i·acc_stride + j] = scale·acc[…] + start + Σ_piece Σ_{t<4} features[from + i·stride + offsets[piece] +
+    step·j + t·dilation]·weights[piece][t]`` for strips i and pixels j. A path that permutes takes any step, from
+    `pattern`: the places of the 64 bytes in the 64 that follow.
+    """
+
+    @intrinsic
+    def dot_strips(
+        _: Any, path: Any, acc: Any, at: Any, acc_stride: Any, scale: Any, start: Any, features: Any, begin: Any,
+        stride: Any, dilation: Any, pattern: Any, offsets: Any, weights: Any, first: Any, last: Any,
+    ) -> Any:  # fmt: skip
+        integer = types.int64
+        signature = types.void(
+            path, acc, integer, integer, types.int32, types.int32, features, integer, integer, integer, pattern,
+            offsets, weights, integer, integer
+        )  # fmt: skip
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            permutes, width = path.instance_class.permutes, path.instance_class.width
+            if permutes and step > 1:
+                return context.get_dummy_value()
+            quad_type, sum_type = ir.VectorType(i8, BYTES), ir.VectorType(i32, width)
+            acc_at, features_at, pattern_at, offsets_at, weights_at = (
+                data_of(context, builder, sig.args[i], args[i]) for i in (1, 6, 10, 11, 12)
+            )
+            if permutes:
+                permute = _declared(builder, "llvm.x86.avx512.permvar.qi.512", quad_type, [quad_type] * 2)
+                places = builder.load(vector_at(builder, pattern_at, quad_type), align=1)
+
+            def window(come: Any) -> Any:
+                if permutes:
+                    return builder.call(permute, [builder.load(vector_at(builder, come, quad_type), align=1), places])
+                rows, long = [], ir.VectorType(i8, LANES * step)
+                for t in range(QUAD):
+                    tap = vector_at(builder, builder.gep(come, [builder.mul(args[9], i64(t))]), long)
+                    row = builder.load(tap, align=1)
+                    picks = ir.Constant(ir.VectorType(i32, LANES), [step * j for j in range(LANES)])
+                    rows.append(builder.shuffle_vector(row, row, picks))
+                return _quads(builder, rows)
+
+            def part(vector: Any, n: int) -> Any:
+                picks = list(range(n * QUAD * width, (n + 1) * QUAD * width))
+                return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, len(picks)), picks))
+
+            froms = [
+                builder.gep(features_at, [builder.add(args[7], builder.mul(args[8], i64(i)))]) for i in range(STRIPS)
+            ]
+            targets = [
+                [
+                    vector_at(
+                        builder,
+                        builder.gep(acc_at, [builder.add(args[2], builder.add(builder.mul(args[3], i64(i)), i64(n)))]),
+                        sum_type,
+                    )
+                    for n in range(0, LANES, width)
+                ]
+                for i in range(STRIPS)
+            ]
+            scale_value, start_value = (_splat(builder, args[i], width) for i in (4, 5))
+            sums = [[cgutils.alloca_once(builder, sum_type) for _ in target] for target in targets]
+            for i in range(STRIPS):
+                for n, target in enumerate(targets[i]):
+                    scaled = builder.mul(builder.load(target, align=4), scale_value)
+                    builder.store(builder.add(scaled, start_value), sums[i][n])
+            with cgutils.for_range_slice(builder, args[13], args[14], i64(1)) as (piece, _):
+                offset = builder.load(builder.gep(offsets_at, [piece]))
+                four = builder.load(builder.gep(weights_at, [piece]))
+                v = builder.bitcast(_splat(builder, four, width), ir.VectorType(i8, QUAD * width))
+                for i in range(STRIPS):
+                    u = window(builder.gep(froms[i], [offset]))
+                    for n, each in enumerate(sums[i]):
+                        builder.store(_add_dots(builder, path, builder.load(each), part(u, n), v), each)
+            for i in range(STRIPS):
+                for n, target in enumerate(targets[i]):
+                    builder.store(builder.load(sums[i][n]), target, align=4)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return dot_strips
+
+
+dot_strips, dot_strips_apart = _dot_strips(1), _dot_strips(2)
