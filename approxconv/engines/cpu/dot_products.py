@@ -20,7 +20,7 @@ from torch import Tensor
 from ...geometry import conv_output_size, flat_batches
 from ..byte_form import ByteForm
 from . import instructions
-from .instructions import BYTES, PATHS, QUAD, compiles, dot_tile_1, dot_tile_2, dot_tile_3, dot_tile_4, interleave, look_up
+from .instructions import BYTES, PATHS, QUAD, compiles, dot_tile_1, dot_tile_2, dot_tile_3, dot_tile_4, add_quads, interleave, look_up
 from .packing import flush_tile
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, copy, fill, jit, transpose
@@ -138,7 +138,7 @@ def _zero_tails(target, at, step, count, tail_every, tail):
 
 @jit
 def _expand_weights(
-    path, w, w_strides, lanes, channels, kernel, v, digits, digit_count, base_of_k, weights, starts, tiles,
+    path, w, w_strides, lanes, channels, kernel, v, digits, digit_count, base, weights, starts, tiles,
     first_vector, vector_range
 ):  # fmt: skip
     """Weights of some vectors of 16 lanes, ``[kernel row][p][kernel column][quad of channels][lane][4]``."""
@@ -151,21 +151,21 @@ def _expand_weights(
     dense = (w_col == 1 or kernel[1] == 1) and (w_row == kernel[1] or kernel[0] == 1) and w_channel == taps
     by_k = np.empty(depth * LANES + _SLACK, np.uint8)
     codes = np.empty(kernel[0] * run * BYTES + _SLACK, np.uint8)
-    looked = np.empty((digit_count, kernel[0] * run * BYTES + _SLACK), np.uint8)
+    looked = np.empty(kernel[0] * run * BYTES + _SLACK, np.uint8)
     offsets = np.empty(LANES, np.int64)
     for vector in range(vector_range[0], vector_range[1]):
         group, n = vector // vectors, vector % vectors
-        base = group * w_group + n * LANES * lane_stride
+        w_base = group * w_group + n * LANES * lane_stride
         for j in range(LANES):
             offsets[j] = min(j, lanes - n * LANES - 1) * lane_stride
         if dense and depth >= LANES:
             for k in range(0, depth, LANES):
                 first = min(k, depth - LANES)
-                transpose(by_k, first * LANES, LANES, w, offsets, base + first)
+                transpose(by_k, first * LANES, LANES, w, offsets, w_base + first)
         else:
             for k in range(depth):
                 tap = k % taps
-                at = base + k // taps * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+                at = w_base + k // taps * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
                 for j in range(LANES):
                     by_k[k * LANES + j] = w[at + offsets[j]]
         for tap in range(taps):
@@ -187,20 +187,15 @@ def _expand_weights(
                 look_up(path, weights, at, width * BYTES, v, p * CODES, codes, r * run * BYTES, run)
                 if tail > 0:
                     _zero_tails(weights, at, width * BYTES, run, quads, tail)
-        for d in range(digit_count):
-            look_up(path, looked[d], 0, BYTES, digits, d * CODES, codes, 0, kernel[0] * run)
+        start = starts[(vector - first_vector) * LANES :][:LANES]
+        start[:] = 0
+        for d in range(digit_count - 1, -1, -1):
+            look_up(path, looked, 0, BYTES, digits, d * CODES, codes, 0, kernel[0] * run)
             if tail > 0:
-                _zero_tails(looked[d], 0, BYTES, kernel[0] * run, quads, tail)
-        for lane in range(LANES):
-            total = depth * base_of_k
-            for d in range(digit_count):
-                row = looked[d]
-                some = np.int64(0)
-                for quad in range(kernel[0] * run):
-                    for t in range(QUAD):
-                        some += row[quad * BYTES + lane * QUAD + t]
-                total += some << (8 * d)
-            starts[(vector - first_vector) * LANES + lane] = np.int32(total)
+                _zero_tails(looked, 0, BYTES, kernel[0] * run, quads, tail)
+            start[:] *= np.int32(256)
+            add_quads(path, start, looked, 0, kernel[0] * run)
+        start[:] += np.int32(depth * base)
 
 
 @jit

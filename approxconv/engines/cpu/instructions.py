@@ -251,6 +251,30 @@ def interleave(_: Any, target: Any, at: Any, source: Any, first: Any, second: An
     return signature, codegen
 
 
+@intrinsic
+def add_quads(_: Any, path: Any, sums: Any, source: Any, start: Any, count: Any) -> Any:
+    """``sums[j] += Σ_{i<count} Σ_{t<4} source[start + 64i + 4j + t]`` for j < 16: unsigned bytes to int32 sums."""
+    signature = types.void(path, sums, source, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        width = path.instance_class.width
+        sum_type, byte_type = ir.VectorType(i32, width), ir.VectorType(i8, QUAD * width)
+        ones = ir.Constant(byte_type, [1] * (QUAD * width))
+        sums_at = data_of(context, builder, sig.args[1], args[1])
+        source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
+        for n in range(0, LANES, width):
+            place = vector_at(builder, builder.gep(sums_at, [i64(n)]), sum_type)
+            total = cgutils.alloca_once_value(builder, builder.load(place, align=4))
+            with cgutils.for_range(builder, args[4]) as loop:
+                at = builder.add(builder.mul(loop.index, i64(BYTES)), i64(QUAD * n))
+                quads = builder.load(vector_at(builder, builder.gep(source_at, [at]), byte_type), align=1)
+                builder.store(_add_dots(builder, path, builder.load(total), quads, ones), total)
+            builder.store(builder.load(total), place, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 STRIPS = 4
 
 
