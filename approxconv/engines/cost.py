@@ -102,7 +102,7 @@ def _machine(threads: int) -> str:
 
 def _measure() -> Rates:
     from . import cpu
-    from .cpu import dot_products
+    from .cpu import depthwise_dots, dot_products
 
     generator = torch.Generator().manual_seed(0)
 
@@ -118,13 +118,13 @@ def _measure() -> Rates:
     def product(m: int, n: int, k: int, products: int = 0) -> float:
         x, w = codes(m, k), codes(n, k)
         if products:
-            return _fastest(lambda: dot_products.lut_matmul(x, w, form(products)))
+            return _fastest(lambda: dot_products.form_matmul(x, w, form(products)))
         return _fastest(lambda: cpu.lut_matmul(x, w, table))
 
     def depthwise(b: int, c: int, size: int, products: int = 0) -> float:
         x, w, geometry = codes(b, c, size, size), codes(c, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 0)
         if products:
-            return _fastest(lambda: dot_products.lut_dwconv2d(x, w, form(products), *geometry))
+            return _fastest(lambda: depthwise_dots.form_dwconv2d(x, w, form(products), *geometry))
         return _fastest(lambda: cpu.lut_dwconv2d(x, w, table, *geometry))
 
     dense = [(4096, 64, 288), (784, 64, 288)]

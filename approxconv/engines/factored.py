@@ -114,7 +114,7 @@ def form_of(table: Tensor) -> ByteForm:
 
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
-    return _engine(x.device).lut_matmul(x, w, form_of(table))
+    return _engine(x.device).form_matmul(x, w, form_of(table))
 
 
 def lut_conv2d(
@@ -128,7 +128,7 @@ def lut_conv2d(
     pad_code: int,
 ) -> Tensor:
     """Implicit im2col of the codes' features."""
-    return _engine(x.device).lut_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)
+    return _engine(x.device).form_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)
 
 
 def lut_dwconv2d(
@@ -145,7 +145,9 @@ def lut_dwconv2d(
         from . import cuda
 
         return cuda.lut_dwconv2d(x, w, table, stride, padding, dilation, pad_code)
-    return _engine(x.device).lut_dwconv2d(x, w, form_of(table), stride, padding, dilation, pad_code)
+    from .cpu import depthwise_dots
+
+    return depthwise_dots.form_dwconv2d(x, w, form_of(table), stride, padding, dilation, pad_code)
 
 
 def _engine(device: torch.device) -> Any:

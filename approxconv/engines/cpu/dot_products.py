@@ -20,7 +20,19 @@ from torch import Tensor
 from ...geometry import conv_output_size, flat_batches
 from ..byte_form import ByteForm
 from . import instructions
-from .instructions import BYTES, PATHS, QUAD, compiles, dot_tile_1, dot_tile_2, dot_tile_3, dot_tile_4, add_quads, interleave, look_up
+from .instructions import (
+    BYTES,
+    PATHS,
+    QUAD,
+    compiles,
+    dot_tile_1,
+    dot_tile_2,
+    dot_tile_3,
+    dot_tile_4,
+    add_quads,
+    interleave,
+    look_up,
+)
 from .packing import flush_tile
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, copy, fill, jit, transpose
@@ -397,7 +409,18 @@ def _product_sum(
     accumulate = False
     for x_part, w_part, shifted in _partial_sums(x, w, geometry, form.products, worker):
         _partial_sum(
-            x_part, w_part, form, out, out_strides, out_size, shifted, pad_code, PATHS[path], workers, worker, accumulate
+            x_part,
+            w_part,
+            form,
+            out,
+            out_strides,
+            out_size,
+            shifted,
+            pad_code,
+            PATHS[path],
+            workers,
+            worker,
+            accumulate,
         )
         accumulate = True
 
@@ -452,9 +475,7 @@ def _partial_sum(
     x_flat, w_flat, out_flat = flat(x), flat(w), flat(out)
     for first_unit in range(0, units, chunk):
         last_unit = min(units, first_unit + chunk)
-        first, last = (
-            int(unit // n_tiles * vectors + tiles[unit % n_tiles]) for unit in (first_unit, last_unit)
-        )
+        first, last = (int(unit // n_tiles * vectors + tiles[unit % n_tiles]) for unit in (first_unit, last_unit))
         weights, starts = _aligned((last - first) * size_vector), np.empty((last - first) * LANES, np.int32)
         common = (
             path, w_flat, w.stride(), lanes, channels, (kh, kw), v, column_digits, column_count, base,

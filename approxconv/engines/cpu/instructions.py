@@ -113,9 +113,7 @@ def _dot_tile(vectors: int) -> Any:
         weights: Any, weight: Any,
     ) -> Any:  # fmt: skip
         integer = types.int64
-        signature = types.void(
-            path, acc, integer, features, rows, integer, pieces, integer, integer, weights, integer
-        )
+        signature = types.void(path, acc, integer, features, rows, integer, pieces, integer, integer, weights, integer)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             width = path.instance_class.width
@@ -128,11 +126,12 @@ def _dot_tile(vectors: int) -> Any:
             )
             acc_at = builder.gep(acc_at, [args[2]])
             rows_at = builder.gep(rows_at, [args[5]])
-            starts = [
-                builder.gep(features_at, [builder.load(builder.gep(rows_at, [i64(m)]))]) for m in range(height)
-            ]
+            starts = [builder.gep(features_at, [builder.load(builder.gep(rows_at, [i64(m)]))]) for m in range(height)]
             places = [
-                [vector_at(builder, builder.gep(acc_at, [i64((m * parts + n) * width)]), sum_type) for n in range(parts)]
+                [
+                    vector_at(builder, builder.gep(acc_at, [i64((m * parts + n) * width)]), sum_type)
+                    for n in range(parts)
+                ]
                 for m in range(height)
             ]
             sums = [[cgutils.alloca_once(builder, sum_type) for _ in range(parts)] for _ in range(height)]
@@ -174,8 +173,7 @@ dot_tile_1, dot_tile_2, dot_tile_3, dot_tile_4 = (_dot_tile(n) for n in (1, 2, 3
 def _look_up_by_permuting(builder: Any, table_at: Any, find: Any, count: Any) -> None:
     bytes_type = ir.VectorType(i8, BYTES)
     quarters = [
-        builder.load(vector_at(builder, builder.gep(table_at, [i64(i * BYTES)]), bytes_type), align=1)
-        for i in range(4)
+        builder.load(vector_at(builder, builder.gep(table_at, [i64(i * BYTES)]), bytes_type), align=1) for i in range(4)
     ]
     permute = _declared(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_type, [bytes_type] * 3)
     with cgutils.for_range(builder, count) as loop:
