@@ -102,13 +102,6 @@ def layouts(generator, x_shape, w_shape):
 
 
 @pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def little_scratch(monkeypatch):
     """Blocks of few rows, and few channels at a time."""
     monkeypatch.setattr(row_tables, "_SCRATCH_WORKER", 3000)
