@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
 from .packing import pack, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
-from .vectors import CODES, LANES, data_of, element_type, i32, i64, jit, transpose, vector_at
+from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
+TILE = 2 * LANES  # lanes of a table: 16-bit rows are one cache line each
+ALIGNMENT = 64
 STEPS = 8  # k's a pass: their int16 tables are 64 KiB and stay in the caches closest to the core
 MAX_ROWS = 4096  # rows a block: their sums (256 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
@@ -36,11 +39,47 @@ _BLOCK_BYTES = 2**20 * 5 // 8  # what a block of MAX_ROWS takes beside them: sum
 _OFFSET_BYTES = 8  # of the offset of each k's weight
 
 
+def _halves(positions: Sequence[int], bits: int) -> tuple[list[int], list[int]]:
+    """Which of `positions` an in-lane unpack of `bits`-wide elements takes to its lower and to its upper result."""
+    width = 128 // bits
+    blocks = [positions[start : start + width] for start in range(0, len(positions), width)]
+    return [n for block in blocks for n in block[: width // 2]], [n for block in blocks for n in block[width // 2 :]]
+
+
+_LOW, _HIGH = _halves(range(TILE), 16)  # places in a row of 16-bit entries whose sums are lanes 0-15 and 16-31
+
+
+def _lane_order(bits: int) -> list[int]:
+    """The lane at each place of a row: for 16 bits the one that lets `_add_rows` unpack within 128-bit lanes only."""
+    return [i for _, i in sorted((n, i) for i, n in enumerate(_LOW + _HIGH))] if bits == 16 else list(range(TILE))
+
+
+def _multiply_add(context: Any, builder: Any, pairs: Any) -> Any:
+    """Sums of neighbours in a vector of 32 16-bit integers, as 16 of 32 bits: a product with ones, or None."""
+    features = context.codegen().magic_tuple()[2].split(",")  # those that Numba compiles for
+    if "+avx512bw" in features:
+        name, parts = "llvm.x86.avx512.pmaddw.d.512", 1
+    elif "+avx2" in features:
+        name, parts = "llvm.x86.avx2.pmadd.wd", 2
+    else:
+        return None
+    width = TILE // parts
+    taken, sums = ir.VectorType(ir.IntType(16), width), ir.VectorType(i32, width // 2)
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(sums, [taken, taken]), name)
+    ones = ir.Constant(taken, [1] * width)
+    found = []
+    for part in range(parts):
+        some = ir.Constant(ir.VectorType(i32, width), list(range(part * width, (part + 1) * width)))
+        found.append(builder.call(function, [builder.shuffle_vector(pairs, pairs, some), ones]))
+    return found[0] if parts == 1 else builder.shuffle_vector(*found, ir.Constant(ir.VectorType(i32, LANES), list(range(LANES))))
+
+
 def _add_rows(steps: int) -> Any:
-    """Intrinsic ``acc[at : at+16] += Σ_{i<steps} tables[i, codes[code_at + i·code_stride], :]`` on flat arrays.
+    """Intrinsic ``acc[at : at+32] += Σ_{i<steps} tables[i, codes[code_at + i·code_stride], :]`` on flat arrays.
 
     Written as LLVM vectors because Numba cannot promise that the arrays do not overlap, without which LLVM neither
-    keeps the sums in a register nor drops the checks from this innermost loop.
+    keeps the sums in a register nor drops the checks from this innermost loop. 16-bit rows are added two at a time: one
+    instruction widens and adds a row's entry and the other's where they are neighbours.
     """
 
     @intrinsic
@@ -50,19 +89,32 @@ def _add_rows(steps: int) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             acc_value, at_value, tables_value, codes_value, code_value, stride_value = args
             element = element_type(context, sig.args[2])
-            size = element.width // 8
-            row_type, sum_type = ir.VectorType(element, LANES), ir.VectorType(i32, LANES)
+            row_type, sum_type = ir.VectorType(element, TILE), ir.VectorType(i32, LANES)
             acc_at = builder.gep(data_of(context, builder, sig.args[0], acc_value), [at_value])
-            sums_at = vector_at(builder, acc_at, sum_type)
             tables_at = data_of(context, builder, sig.args[2], tables_value)
             code_from = builder.gep(data_of(context, builder, sig.args[3], codes_value), [code_value])
-            sums = builder.load(sums_at, align=4)
+            rows = []
             for i in range(steps):
                 code = builder.load(builder.gep(code_from, [builder.mul(stride_value, i64(i))]))
-                row = builder.add(builder.mul(builder.zext(code, i64), i64(LANES)), i64(i * CODES * LANES))
-                entries = builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=size)
-                sums = builder.add(sums, builder.sext(entries, sum_type) if element.width < 32 else entries)
-            builder.store(sums, sums_at, align=4)
+                row = builder.add(builder.mul(builder.zext(code, i64), i64(TILE)), i64(i * CODES * TILE))
+                rows.append(builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=ALIGNMENT))
+
+            def picked(first: Any, second: Any, places: list[int]) -> Any:
+                return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(places)), places))
+
+            for half, places in enumerate((_LOW, _HIGH) if element.width == 16 else (range(LANES), range(LANES, TILE))):
+                sums_at = vector_at(builder, builder.gep(acc_at, [i64(half * LANES)]), sum_type)
+                sums = builder.load(sums_at, align=ALIGNMENT)
+                pairs = [n for place in places for n in (place, TILE + place)]
+                for i in range(0, steps, 2):
+                    first, second = rows[i], rows[i + 1] if i + 1 < steps else ir.Constant(row_type, None)
+                    both = _multiply_add(context, builder, picked(first, second, pairs)) if element.width == 16 else None
+                    for row in (first, second) if both is None else ():
+                        some = picked(row, row, list(places))
+                        sums = builder.add(sums, builder.sext(some, sum_type) if element.width < 32 else some)
+                    if both is not None:
+                        sums = builder.add(sums, both)
+                builder.store(sums, sums_at, align=ALIGNMENT)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -70,8 +122,61 @@ def _add_rows(steps: int) -> Any:
     return add_rows
 
 
-_add_steps = _add_rows(STEPS)
-_add_one = _add_rows(1)
+_add_steps, _add_two, _add_one = _add_rows(STEPS), _add_rows(2), _add_rows(1)
+
+
+@intrinsic
+def _build_rows(_: Any, tables: Any, at: Any, table: Any, offsets: Any, first: Any) -> Any:
+    """``tables[at + a·32 + place] = table[offsets[lane at place] + first + a]`` for as many a as 16 bytes hold."""
+    signature = types.void(tables, types.int64, table, offsets, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element = element_type(context, sig.args[0])
+        count = 128 // element.width  # entries of 128 bits; lanes that one of these holds of a finished row
+        order = _lane_order(element.width)
+        piece = ir.VectorType(element, count)
+        target = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
+        source = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[4]])
+        offsets_at = data_of(context, builder, sig.args[3], args[3])
+
+        def shuffled(first: Any, second: Any, picks: list[int]) -> Any:
+            return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(picks)), picks))
+
+        pieces = []
+        for lane in order:
+            offset = builder.load(builder.gep(offsets_at, [i64(lane)]))
+            pieces.append(builder.load(vector_at(builder, builder.gep(source, [offset]), piece), align=element.width // 8))
+        rows = []  # row j: the 128-bit pieces of places j, j + count, j + 2·count, …
+        for j in range(count):
+            some = pieces[j::count]
+            while len(some) > 1:
+                both = list(range(2 * some[0].type.count))
+                some = [shuffled(some[n], some[n + 1], both) for n in range(0, len(some), 2)]
+            rows.append(some[0])
+        # Interleaving halves log2(count) times transposes, here within every 128-bit lane.
+        low, high = _halves(range(TILE), element.width)
+        half = count // 2
+        for _round in range(count.bit_length() - 1):
+            rows = [
+                shuffled(rows[j], rows[j + half], [n for place in places for n in (place, TILE + place)])
+                for j in range(half)
+                for places in (low, high)
+            ]
+        for a, row in enumerate(rows):
+            builder.store(row, vector_at(builder, builder.gep(target, [i64(a * TILE)]), row.type), align=ALIGNMENT)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@jit
+def _build_tile(tables, slot, table, w, lane_stride, at, lanes, offsets):
+    """Fill ``tables[slot][a][lane] = table[w[at + lane·lane_stride], a]``; lanes that do not exist repeat the first."""
+    for j in range(TILE):
+        offsets[j] = np.int64(w[at + (j if j < lanes else 0) * lane_stride]) * CODES
+    step = 16 // table.itemsize
+    for a in range(0, CODES, step):
+        _build_rows(tables, (slot * CODES + a) * TILE, table, offsets, a)
 
 
 @jit
@@ -91,30 +196,31 @@ def _flush_tile(out, out_rows, lane_at, lane_stride, acc, rows, lanes, first, ti
             at = out_rows[m] + lane_at
             if first:
                 for j in range(lanes):
-                    out[at + j] = acc[m * LANES + j]
+                    out[at + j] = acc[m * TILE + j]
             else:
                 for j in range(lanes):
-                    out[at + j] += acc[m * LANES + j]
+                    out[at + j] += acc[m * TILE + j]
         return
     for j in range(LANES):
-        offsets[j] = j * LANES
+        offsets[j] = j * TILE
     for m0 in range(0, rows, LANES):
         count = min(LANES, rows - m0)
-        transpose(tile, 0, LANES, acc, offsets, m0 * LANES)
         contiguous = out_rows[m0 + count - 1] - out_rows[m0] == count - 1
-        for j in range(lanes):
-            if contiguous:
-                at = out_rows[m0] + lane_at + j * lane_stride
-                if first:
-                    for i in range(count):
-                        out[at + i] = tile[j * LANES + i]
+        for n in range(0, lanes, LANES):
+            transpose(tile, 0, LANES, acc, offsets, m0 * TILE + n)
+            for j in range(min(LANES, lanes - n)):
+                if contiguous:
+                    at = out_rows[m0] + lane_at + (n + j) * lane_stride
+                    if first:
+                        for i in range(count):
+                            out[at + i] = tile[j * LANES + i]
+                    else:
+                        for i in range(count):
+                            out[at + i] += tile[j * LANES + i]
                 else:
                     for i in range(count):
-                        out[at + i] += tile[j * LANES + i]
-            else:
-                for i in range(count):
-                    at = out_rows[m0 + i] + lane_at + j * lane_stride
-                    out[at] = tile[j * LANES + i] if first else out[at] + tile[j * LANES + i]
+                        at = out_rows[m0 + i] + lane_at + (n + j) * lane_stride
+                        out[at] = tile[j * LANES + i] if first else out[at] + tile[j * LANES + i]
 
 
 @jit
@@ -123,22 +229,26 @@ def _row_tables(
     bias, first, tables, acc, tile, offsets
 ):  # fmt: skip
     depth = len(k_offsets)
-    for n in range(0, lanes, LANES):
-        width = min(LANES, lanes - n)
+    for n in range(0, lanes, TILE):
+        width = min(TILE, lanes - n)
         lane_base = w_base + n * lane_stride
-        acc[: rows * LANES] = bias
+        acc[: rows * TILE] = bias
         k = 0
-        while k + STEPS <= depth:
-            for i in range(STEPS):
-                build(tables, i, table, w, lane_stride, lane_base + k_offsets[k + i], width, offsets)
-            for m in range(rows):
-                _add_steps(acc, m * LANES, tables, packed, k * rows + m, rows)
-            k += STEPS
         while k < depth:
-            build(tables, 0, table, w, lane_stride, lane_base + k_offsets[k], width, offsets)
-            for m in range(rows):
-                _add_one(acc, m * LANES, tables, packed, k * rows + m, rows)
-            k += 1
+            steps = STEPS if k + STEPS <= depth else min(2, depth - k)
+            for i in range(steps):
+                _build_tile(tables, i, table, w, lane_stride, lane_base + k_offsets[k + i], width, offsets)
+            at = k * rows
+            if steps == STEPS:
+                for m in range(rows):
+                    _add_steps(acc, m * TILE, tables, packed, at + m, rows)
+            elif steps == 2:
+                for m in range(rows):
+                    _add_two(acc, m * TILE, tables, packed, at + m, rows)
+            else:
+                for m in range(rows):
+                    _add_one(acc, m * TILE, tables, packed, at + m, rows)
+            k += steps
         _flush_tile(
             out, out_rows, out_base + n * lane_stride_out, lane_stride_out, acc, rows, width, first, tile, offsets
         )
@@ -176,6 +286,13 @@ def _gather(
             out[out_rows[m] + at] = acc[m] if first else out[out_rows[m] + at] + acc[m]
 
 
+@inline
+def _aligned(count, dtype):
+    """An empty array that begins with a cache line."""
+    memory = np.empty(count + ALIGNMENT, dtype)
+    return memory[-memory.ctypes.data % ALIGNMENT // memory.itemsize :][:count]
+
+
 @jit
 def _block(
     x, x_strides, channels, size, kernel, geometry, pad_code, w, w_strides, table, bias, accumulate, out, out_strides,
@@ -188,13 +305,13 @@ def _block(
     rows = row_range[1] - row_range[0]
     taps = kernel[0] * kernel[1]
     lanes = lane_range[1] - lane_range[0]
-    by_table = rows * (min(lanes, LANES) - 1) > BUILD_ROWS
+    by_table = rows * (min(lanes, TILE) - 1) > BUILD_ROWS
     padded_rows = (rows + LANES - 1) // LANES * LANES  # transpose reads whole tiles of sums
     packed = np.empty(group_channels * taps * rows, np.uint8)
-    acc = np.empty(padded_rows * LANES if by_table else rows, np.int32)
-    tables = np.empty(STEPS * CODES * LANES if by_table else 1, table.dtype)
+    acc = _aligned(padded_rows * TILE if by_table else rows, np.int32)
+    tables = _aligned(STEPS * CODES * TILE if by_table else 1, table.dtype)
     tile = np.empty(LANES * LANES, np.int32)
-    offsets = np.empty(LANES, np.int64)
+    offsets = np.empty(TILE, np.int64)
     k_offsets = np.empty(group_channels * taps, np.int64)
     runs = np.empty((rows, 5), np.int64)
     out_rows = np.empty(rows, np.int64)
@@ -282,7 +399,7 @@ def _partial_sum(
     group_channels = max(1, min(channels, budget // ((largest + _OFFSET_BYTES) * taps)))
     spare = -(-workers // len(row_ranges))
     group_ranges = even_ranges(groups, min(groups, spare))
-    lane_ranges = even_ranges(lanes, max(1, min(-(-spare // len(group_ranges)), lanes // LANES)))
+    lane_ranges = even_ranges(lanes, max(1, min(-(-spare // len(group_ranges)), lanes // TILE)))
     common = (
         flat(x),
         x.stride(),
@@ -312,7 +429,7 @@ def _partial_sum(
 
 def _cost(rows: int, lanes: int) -> int:
     """Row additions that `rows` × `lanes` sums cost for each k, by row tables or by gathering."""
-    blocks, tiles = -(-rows // MAX_ROWS), -(-lanes // LANES)
+    blocks, tiles = -(-rows // MAX_ROWS), -(-lanes // TILE)
     return min(tiles * (BUILD_ROWS * blocks + rows), lanes * (rows + STEPS))
 
 
