@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
-from .packing import pack, runs_of
+from .packing import STEPS, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
 TILE = 2 * LANES  # lanes of a table: 16-bit rows are one cache line each
 ALIGNMENT = 64
-STEPS = 8  # k's a pass: their int16 tables are 64 KiB and stay in the caches closest to the core
+FEW_STEPS = 4  # k's a pass where fewer than STEPS are left
 MAX_ROWS = 4096  # rows a block: their sums (256 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
 BUILD_ROWS = 512  # building one k of a row table costs about as much as adding it to this many rows
@@ -75,7 +75,7 @@ def _multiply_add(context: Any, builder: Any, pairs: Any) -> Any:
 
 
 def _add_rows(steps: int) -> Any:
-    """Intrinsic ``acc[at : at+32] += Σ_{i<steps} tables[i, codes[code_at + i·code_stride], :]`` on flat arrays.
+    """Intrinsic ``acc[at : at+32] += Σ_{i<steps} tables[slot + i, codes[code_at + i], :]`` on flat arrays.
 
     Written as LLVM vectors because Numba cannot promise that the arrays do not overlap, without which LLVM neither
     keeps the sums in a register nor drops the checks from this innermost loop. 16-bit rows are added two at a time: one
@@ -83,19 +83,20 @@ def _add_rows(steps: int) -> Any:
     """
 
     @intrinsic
-    def add_rows(_: Any, acc: Any, at: Any, tables: Any, codes: Any, code_at: Any, code_stride: Any) -> Any:
-        signature = types.void(acc, types.int64, tables, codes, types.int64, types.int64)
+    def add_rows(_: Any, acc: Any, at: Any, tables: Any, slot: Any, codes: Any, code_at: Any) -> Any:
+        signature = types.void(acc, types.int64, tables, types.int64, codes, types.int64)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            acc_value, at_value, tables_value, codes_value, code_value, stride_value = args
+            acc_value, at_value, tables_value, slot_value, codes_value, code_value = args
             element = element_type(context, sig.args[2])
             row_type, sum_type = ir.VectorType(element, TILE), ir.VectorType(i32, LANES)
             acc_at = builder.gep(data_of(context, builder, sig.args[0], acc_value), [at_value])
-            tables_at = data_of(context, builder, sig.args[2], tables_value)
-            code_from = builder.gep(data_of(context, builder, sig.args[3], codes_value), [code_value])
+            first_row = builder.mul(slot_value, i64(CODES * TILE))
+            tables_at = builder.gep(data_of(context, builder, sig.args[2], tables_value), [first_row])
+            code_from = builder.gep(data_of(context, builder, sig.args[4], codes_value), [code_value])
             rows = []
             for i in range(steps):
-                code = builder.load(builder.gep(code_from, [builder.mul(stride_value, i64(i))]))
+                code = builder.load(builder.gep(code_from, [i64(i)]))
                 row = builder.add(builder.mul(builder.zext(code, i64), i64(TILE)), i64(i * CODES * TILE))
                 rows.append(builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=ALIGNMENT))
 
@@ -122,7 +123,7 @@ def _add_rows(steps: int) -> Any:
     return add_rows
 
 
-_add_steps, _add_two, _add_one = _add_rows(STEPS), _add_rows(2), _add_rows(1)
+_add_steps, _add_few = _add_rows(STEPS), _add_rows(FEW_STEPS)
 
 
 @intrinsic
@@ -225,30 +226,27 @@ def _flush_tile(out, out_rows, lane_at, lane_stride, acc, rows, lanes, first, ti
 
 @jit
 def _row_tables(
-    out, out_rows, out_base, lane_stride_out, packed, rows, table, w, w_base, lane_stride, k_offsets, lanes,
+    out, out_rows, out_base, lane_stride_out, packed, pixels, table, w, w_base, lane_stride, groups, k_offsets, lanes,
     bias, first, tables, acc, tile, offsets
 ):  # fmt: skip
-    depth = len(k_offsets)
+    rows = len(pixels)
     for n in range(0, lanes, TILE):
         width = min(TILE, lanes - n)
         lane_base = w_base + n * lane_stride
         acc[: rows * TILE] = bias
-        k = 0
-        while k < depth:
-            steps = STEPS if k + STEPS <= depth else min(2, depth - k)
+        for group in range(len(groups)):
+            at, steps = groups[group]
             for i in range(steps):
-                _build_tile(tables, i, table, w, lane_stride, lane_base + k_offsets[k + i], width, offsets)
-            at = k * rows
+                _build_tile(tables, i, table, w, lane_stride, lane_base + k_offsets[group * STEPS + i], width, offsets)
             if steps == STEPS:
                 for m in range(rows):
-                    _add_steps(acc, m * TILE, tables, packed, at + m, rows)
-            elif steps == 2:
-                for m in range(rows):
-                    _add_two(acc, m * TILE, tables, packed, at + m, rows)
+                    _add_steps(acc, m * TILE, tables, 0, packed, at + pixels[m])
             else:
-                for m in range(rows):
-                    _add_one(acc, m * TILE, tables, packed, at + m, rows)
-            k += steps
+                for i in range(0, steps, FEW_STEPS):
+                    for missing in range(steps, i + FEW_STEPS):
+                        tables[missing * CODES * TILE :][:TILE] = 0  # for code 0, the only one packed there
+                    for m in range(rows):
+                        _add_few(acc, m * TILE, tables, i, packed, at + pixels[m] + i)
         _flush_tile(
             out, out_rows, out_base + n * lane_stride_out, lane_stride_out, acc, rows, width, first, tile, offsets
         )
@@ -296,7 +294,7 @@ def _aligned(count, dtype):
 @jit
 def _block(
     x, x_strides, channels, size, kernel, geometry, pad_code, w, w_strides, table, bias, accumulate, out, out_strides,
-    out_size, group_channels, row_range, group_range, lane_range
+    out_size, group_channels, budget, row_range, group_range, lane_range
 ):  # fmt: skip
     """One task: some output pixels, for some groups and some lanes of each."""
     stride_image, x_group, stride_c, stride_h, stride_w = x_strides
@@ -307,39 +305,71 @@ def _block(
     lanes = lane_range[1] - lane_range[0]
     by_table = rows * (min(lanes, TILE) - 1) > BUILD_ROWS
     padded_rows = (rows + LANES - 1) // LANES * LANES  # transpose reads whole tiles of sums
-    packed = np.empty(group_channels * taps * rows, np.uint8)
     acc = _aligned(padded_rows * TILE if by_table else rows, np.int32)
     tables = _aligned(STEPS * CODES * TILE if by_table else 1, table.dtype)
     tile = np.empty(LANES * LANES, np.int32)
     offsets = np.empty(TILE, np.int64)
-    k_offsets = np.empty(group_channels * taps, np.int64)
     runs = np.empty((rows, 5), np.int64)
     out_rows = np.empty(rows, np.int64)
     n_runs = runs_of(row_range[0], rows, out_size, stride_image, out_image, out_row, runs, out_rows)
+    pixels = np.empty(rows, np.int64)
+    images = np.empty(((row_range[1] - 1) // (out_size[0] * out_size[1]) + 1 - row_range[0] // (out_size[0] * out_size[1]), 4), np.int64)
+    width, area = images_of(row_range[0], out_size, kernel, geometry, stride_image, images, pixels)
+    direct = by_table and channels >= STEPS and area <= rows * taps and area * STEPS <= budget
+    if direct:
+        group_channels = min(channels, budget // (area * STEPS) * STEPS)
+        packed = np.empty(-(-group_channels // STEPS) * STEPS * area, np.uint8)
+    else:
+        packed = np.empty(-(-group_channels * taps // STEPS) * STEPS * rows, np.uint8)
+        for m in range(rows):
+            pixels[m] = m * STEPS
+    regrouped = np.empty(STEPS * rows if by_table and not direct else 1, np.uint8)
+    most = -(-group_channels // STEPS) * taps if direct else -(-group_channels * taps // STEPS)
+    groups = np.empty((most, 2), np.int64)
+    k_offsets = np.empty(most * STEPS, np.int64)
     for group in range(group_range[0], group_range[1]):
         out_base = group * out_group + lane_range[0] * out_lane
         w_base = group * w_group + lane_range[0] * lane_stride
         for c in range(0, channels, group_channels):
             some = min(group_channels, channels - c)
-            pack(
-                packed, rows, x, group * x_group + c * stride_c, some, (stride_c, stride_h, stride_w), size, kernel,
-                geometry, pad_code, runs, n_runs, offsets
-            )  # fmt: skip
-            for k in range(some * taps):
-                tap = k % taps
-                k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+            base = group * x_group + c * stride_c
+            if direct:
+                pack_pixels(
+                    packed, area, width, x, base, some, (stride_c, stride_h, stride_w), size, geometry, pad_code, images,
+                    offsets
+                )  # fmt: skip
+                count = -(-some // STEPS) * taps
+                for g in range(count):
+                    row, col = g % taps // kernel[1], g % kernel[1]
+                    from_c = g // taps * STEPS
+                    groups[g, 0] = from_c * area + (row * geometry[4] * width + col * geometry[5]) * STEPS
+                    groups[g, 1] = min(STEPS, some - from_c)
+                    for i in range(STEPS):
+                        k_offsets[g * STEPS + i] = (c + from_c + i) * w_channel + row * w_row + col * w_col
+            else:
+                pack(
+                    packed, rows, x, base, some, (stride_c, stride_h, stride_w), size, kernel, geometry, pad_code, runs,
+                    n_runs, offsets
+                )  # fmt: skip
+                count = -(-some * taps // STEPS)
+                for k in range(some * taps):
+                    tap = k % taps
+                    k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+                for g in range(count):
+                    groups[g, 0], groups[g, 1] = g * STEPS * rows, min(STEPS, some * taps - g * STEPS)
             first = c == 0 and not accumulate
-            some_k = k_offsets[: some * taps]
             start = np.int32(bias if first else 0)
             if by_table:
+                if not direct:
+                    interleave(packed, some * taps, rows, regrouped, offsets)
                 _row_tables(
-                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride, some_k, lanes,
-                    start, first, tables, acc, tile, offsets
+                    out, out_rows, out_base, out_lane, packed, pixels, table, w, w_base, lane_stride, groups[:count],
+                    k_offsets, lanes, start, first, tables, acc, tile, offsets
                 )  # fmt: skip
             else:
                 _gather(
-                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride, some_k, lanes,
-                    start, first, acc
+                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride,
+                    k_offsets[: some * taps], lanes, start, first, acc
                 )  # fmt: skip
 
 
@@ -417,6 +447,7 @@ def _partial_sum(
         out_strides,
         out_size,
         group_channels,
+        budget,
     )
     tasks = [
         (*common, rows, group_range, lane_range)
