@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .vectors import LANES, copy, fill, inline, jit, transpose
 
 STEPS = LANES  # k's whose codes of one pixel lie together, and are added in one pass
@@ -92,6 +94,15 @@ def runs_of(first_row, rows, out_size, image_stride, out_image_stride, row_strid
         n += 1
         m += count
     return n
+
+
+@jit
+def ends_of(codes):
+    """Smallest and largest code."""
+    low, high = np.uint8(255), np.uint8(0)
+    for code in codes:
+        low, high = min(low, code), max(high, code)
+    return np.int64(low), np.int64(high)
 
 
 @jit

@@ -10,7 +10,7 @@ into a scratch buffer of bounded size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
-from .packing import STEPS, images_of, interleave, pack, pack_pixels, runs_of
+from .packing import STEPS, images_of, ends_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
@@ -39,14 +39,13 @@ _BLOCK_BYTES = 2**20 * 5 // 8  # what a block of MAX_ROWS takes beside them: sum
 _OFFSET_BYTES = 8  # of the offset of each k's weight
 
 
-def _halves(positions: Sequence[int], bits: int) -> tuple[list[int], list[int]]:
-    """Which of `positions` an in-lane unpack of `bits`-wide elements takes to its lower and to its upper result."""
-    width = 128 // bits
-    blocks = [positions[start : start + width] for start in range(0, len(positions), width)]
-    return [n for block in blocks for n in block[: width // 2]], [n for block in blocks for n in block[width // 2 :]]
+def halves(places: int, bits: int) -> tuple[list[int], list[int]]:
+    """Which of a vector's places the in-lane unpacks of `bits`-wide elements take: the lower, and the upper halves."""
+    width = 64 // bits
+    return tuple([n for n in range(places) if n // width % 2 == half] for half in (0, 1))
 
 
-_LOW, _HIGH = _halves(range(TILE), 16)  # places in a row of 16-bit entries whose sums are lanes 0-15 and 16-31
+_LOW, _HIGH = halves(TILE, 16)  # places in a row of 16-bit entries whose sums are lanes 0-15 and 16-31
 
 
 def _lane_order(bits: int) -> list[int]:
@@ -54,9 +53,18 @@ def _lane_order(bits: int) -> list[int]:
     return [i for _, i in sorted((n, i) for i, n in enumerate(_LOW + _HIGH))] if bits == 16 else list(range(TILE))
 
 
-def _multiply_add(context: Any, builder: Any, pairs: Any) -> Any:
-    """Sums of neighbours in a vector of 32 16-bit integers, as 16 of 32 bits: a product with ones, or None."""
-    features = context.codegen().magic_tuple()[2].split(",")  # those that Numba compiles for
+def picked(builder: Any, first: Any, second: Any, places: Iterable[int]) -> Any:
+    """The elements at `places` of two vectors, one after the other."""
+    mask = [i32(n) for n in places]
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(mask)), mask))
+
+
+def _add_neighbours(context: Any, builder: Any, pairs: Any) -> Any:
+    """Sums of neighbours among 32 16-bit integers, as 16 of 32 bits, by a product with ones; None where none is known.
+
+    It is exact, and LLVM makes one instruction of it and the addition that follows where the CPU has such.
+    """
+    features = context.codegen().magic_tuple()[2].split(",")  # of the CPU that Numba compiles for
     if "+avx512bw" in features:
         name, parts = "llvm.x86.avx512.pmaddw.d.512", 1
     elif "+avx2" in features:
@@ -67,11 +75,10 @@ def _multiply_add(context: Any, builder: Any, pairs: Any) -> Any:
     taken, sums = ir.VectorType(ir.IntType(16), width), ir.VectorType(i32, width // 2)
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(sums, [taken, taken]), name)
     ones = ir.Constant(taken, [1] * width)
-    found = []
-    for part in range(parts):
-        some = ir.Constant(ir.VectorType(i32, width), list(range(part * width, (part + 1) * width)))
-        found.append(builder.call(function, [builder.shuffle_vector(pairs, pairs, some), ones]))
-    return found[0] if parts == 1 else builder.shuffle_vector(*found, ir.Constant(ir.VectorType(i32, LANES), list(range(LANES))))
+    if parts == 1:
+        return builder.call(function, [pairs, ones])
+    ends = (picked(builder, pairs, pairs, range(start, start + width)) for start in (0, width))
+    return picked(builder, *(builder.call(function, [end, ones]) for end in ends), range(LANES))
 
 
 def _add_rows(steps: int) -> Any:
@@ -100,21 +107,21 @@ def _add_rows(steps: int) -> Any:
                 row = builder.add(builder.mul(builder.zext(code, i64), i64(TILE)), i64(i * CODES * TILE))
                 rows.append(builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=ALIGNMENT))
 
-            def picked(first: Any, second: Any, places: list[int]) -> Any:
-                return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(places)), places))
-
-            for half, places in enumerate((_LOW, _HIGH) if element.width == 16 else (range(LANES), range(LANES, TILE))):
+            by_pairs = element.width == 16
+            for half, places in enumerate((_LOW, _HIGH) if by_pairs else (range(LANES), range(LANES, TILE))):
                 sums_at = vector_at(builder, builder.gep(acc_at, [i64(half * LANES)]), sum_type)
                 sums = builder.load(sums_at, align=ALIGNMENT)
-                pairs = [n for place in places for n in (place, TILE + place)]
-                for i in range(0, steps, 2):
-                    first, second = rows[i], rows[i + 1] if i + 1 < steps else ir.Constant(row_type, None)
-                    both = _multiply_add(context, builder, picked(first, second, pairs)) if element.width == 16 else None
-                    for row in (first, second) if both is None else ():
-                        some = picked(row, row, list(places))
-                        sums = builder.add(sums, builder.sext(some, sum_type) if element.width < 32 else some)
+                for first, second in zip(rows[::2], rows[1::2], strict=True):
+                    both = None
+                    if by_pairs:
+                        pairs = picked(builder, first, second, [n for place in places for n in (place, TILE + place)])
+                        both = _add_neighbours(context, builder, pairs)
                     if both is not None:
                         sums = builder.add(sums, both)
+                        continue
+                    for row in (first, second):
+                        some = picked(builder, row, row, places)
+                        sums = builder.add(sums, builder.sext(some, sum_type) if by_pairs else some)
                 builder.store(sums, sums_at, align=ALIGNMENT)
             return context.get_dummy_value()
 
@@ -128,55 +135,59 @@ _add_steps, _add_few = _add_rows(STEPS), _add_rows(FEW_STEPS)
 
 @intrinsic
 def _build_rows(_: Any, tables: Any, at: Any, table: Any, offsets: Any, first: Any) -> Any:
-    """``tables[at + a·32 + place] = table[offsets[lane at place] + first + a]`` for as many a as 16 bytes hold."""
+    """``tables[at + a·32 + place] = table[offsets[lane at place] + first + a]`` for as many a as 32 bytes hold."""
     signature = types.void(tables, types.int64, table, offsets, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element = element_type(context, sig.args[0])
-        count = 128 // element.width  # entries of 128 bits; lanes that one of these holds of a finished row
+        count, places = 128 // element.width, 512 // element.width  # entries of a 128-bit lane and of a vector
         order = _lane_order(element.width)
-        piece = ir.VectorType(element, count)
+        half_type, row_type = ir.VectorType(element, places // 2), ir.VectorType(element, places)
         target = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
         source = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[4]])
         offsets_at = data_of(context, builder, sig.args[3], args[3])
 
-        def shuffled(first: Any, second: Any, picks: list[int]) -> Any:
-            return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(picks)), picks))
-
-        pieces = []
-        for lane in order:
+        def entries(lane: int) -> Any:
             offset = builder.load(builder.gep(offsets_at, [i64(lane)]))
-            pieces.append(builder.load(vector_at(builder, builder.gep(source, [offset]), piece), align=element.width // 8))
-        rows = []  # row j: the 128-bit pieces of places j, j + count, j + 2·count, …
-        for j in range(count):
-            some = pieces[j::count]
-            while len(some) > 1:
-                both = list(range(2 * some[0].type.count))
-                some = [shuffled(some[n], some[n + 1], both) for n in range(0, len(some), 2)]
-            rows.append(some[0])
-        # Interleaving halves log2(count) times transposes, here within every 128-bit lane.
-        low, high = _halves(range(TILE), element.width)
-        half = count // 2
-        for _round in range(count.bit_length() - 1):
+            return builder.load(vector_at(builder, builder.gep(source, [offset]), half_type), align=element.width // 8)
+
+        def columns(place: int) -> list[Any]:
+            """Of the 2·count lanes from `place`: [first half at a, at a + count, second half at a, at a + count]."""
             rows = [
-                shuffled(rows[j], rows[j + half], [n for place in places for n in (place, TILE + place)])
-                for j in range(half)
-                for places in (low, high)
+                picked(builder, entries(order[n]), entries(order[n + count]), range(places))
+                for n in range(place, place + count)
             ]
-        for a, row in enumerate(rows):
-            builder.store(row, vector_at(builder, builder.gep(target, [i64(a * TILE)]), row.type), align=ALIGNMENT)
+            # Interleaving halves log2(count) times transposes, here within every 128-bit lane.
+            for _round in range(count.bit_length() - 1):
+                rows = [
+                    picked(builder, rows[j], rows[j + count // 2], [n for k in some for n in (k, places + k)])
+                    for j in range(count // 2)
+                    for some in halves(places, element.width)
+                ]
+            return rows
+
+        lanes = [range(start, start + count) for start in range(0, 2 * places, count)]
+        for start in range(0, TILE, places):
+            for a, (left, right) in enumerate(zip(columns(start), columns(start + places // 2), strict=True)):
+                for part in (0, 1):
+                    row = picked(builder, left, right, [n for lane in lanes[part::2] for n in lane])
+                    to = builder.gep(target, [i64((a + part * count) * TILE + start)])
+                    builder.store(row, vector_at(builder, to, row_type), align=ALIGNMENT)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @jit
-def _build_tile(tables, slot, table, w, lane_stride, at, lanes, offsets):
-    """Fill ``tables[slot][a][lane] = table[w[at + lane·lane_stride], a]``; lanes that do not exist repeat the first."""
+def _build_tile(tables, slot, table, w, lane_stride, at, lanes, code_range, offsets):
+    """Fill ``tables[slot][a][lane] = table[w[at + lane·lane_stride], a]``; lanes that do not exist repeat the first.
+
+    At least for the codes a in `code_range`, both ends included.
+    """
     for j in range(TILE):
         offsets[j] = np.int64(w[at + (j if j < lanes else 0) * lane_stride]) * CODES
-    step = 16 // table.itemsize
-    for a in range(0, CODES, step):
+    step = 32 // table.itemsize
+    for a in range(code_range[0] // step * step, code_range[1] + 1, step):
         _build_rows(tables, (slot * CODES + a) * TILE, table, offsets, a)
 
 
@@ -227,7 +238,7 @@ def _flush_tile(out, out_rows, lane_at, lane_stride, acc, rows, lanes, first, ti
 @jit
 def _row_tables(
     out, out_rows, out_base, lane_stride_out, packed, pixels, table, w, w_base, lane_stride, groups, k_offsets, lanes,
-    bias, first, tables, acc, tile, offsets
+    code_range, bias, first, tables, acc, tile, offsets
 ):  # fmt: skip
     rows = len(pixels)
     for n in range(0, lanes, TILE):
@@ -237,7 +248,8 @@ def _row_tables(
         for group in range(len(groups)):
             at, steps = groups[group]
             for i in range(steps):
-                _build_tile(tables, i, table, w, lane_stride, lane_base + k_offsets[group * STEPS + i], width, offsets)
+                k_base = lane_base + k_offsets[group * STEPS + i]
+                _build_tile(tables, i, table, w, lane_stride, k_base, width, code_range, offsets)
             if steps == STEPS:
                 for m in range(rows):
                     _add_steps(acc, m * TILE, tables, 0, packed, at + pixels[m])
@@ -339,6 +351,7 @@ def _block(
                     offsets
                 )  # fmt: skip
                 count = -(-some // STEPS) * taps
+                filled = -(-some // STEPS) * STEPS * area
                 for g in range(count):
                     row, col = g % taps // kernel[1], g % kernel[1]
                     from_c = g // taps * STEPS
@@ -352,6 +365,7 @@ def _block(
                     n_runs, offsets
                 )  # fmt: skip
                 count = -(-some * taps // STEPS)
+                filled = count * STEPS * rows
                 for k in range(some * taps):
                     tap = k % taps
                     k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
@@ -364,7 +378,8 @@ def _block(
                     interleave(packed, some * taps, rows, regrouped, offsets)
                 _row_tables(
                     out, out_rows, out_base, out_lane, packed, pixels, table, w, w_base, lane_stride, groups[:count],
-                    k_offsets, lanes, start, first, tables, acc, tile, offsets
+                    k_offsets, lanes, ends_of(packed[:filled]), start, first,
+                    tables, acc, tile, offsets
                 )  # fmt: skip
             else:
                 _gather(
