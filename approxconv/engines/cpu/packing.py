@@ -1,4 +1,4 @@
-"""Implicit im2col: the codes that a block of output pixels sees, packed k-major."""
+"""Implicit im2col: the codes that a block of output pixels sees, as patches or as padded pixels."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def images_of(first_row, out_size, kernel, geometry, image_stride, images, pixel
 
 @jit
 def pack_pixels(packed, area, width, x, base, channels, strides, size, geometry, pad_code, images, offsets):
-    """Fill ``packed[c // 16, pixel, c % 16]`` with the codes of all pixels of `images_of`; channels past the last are 0."""
+    """Fill ``packed[c // 16, pixel, c % 16]`` with the codes of the pixels of `images_of`; c past the last are 0."""
     stride_c, stride_h, stride_w = strides
     pad_h, pad_w = geometry[2], geometry[3]
     lo, hi = min(pad_w, width), max(min(pad_w + size[1], width), min(pad_w, width))

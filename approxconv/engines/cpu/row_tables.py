@@ -1,16 +1,18 @@
 """Matrix products and convolutions by row tables.
 
-For 16 values of n and 8 of k the gather is done once for all 256 codes, ``T[k][a][n] = table[a, w[n, k]]``; then a row
-m costs eight contiguous vector adds ``acc[m, :] += T[k][x[m, k], :]``. The tables of a block are built once and serve
+For 32 values of n and 16 of k the gather is done once for all 256 codes, ``T[k][a][n] = table[a, w[n, k]]``; then a row
+m costs sixteen contiguous vector adds ``acc[m, :] += T[k][x[m, k], :]``. The tables of a block are built once and serve
 all its rows, up to 4,096. Where there are too few rows or columns for that to pay, entries are gathered one by one.
 
-Convolution is the same on implicit patches: a block of output pixels is packed k-major, channel group by channel group,
-into a scratch buffer of bounded size.
+Convolution is the same on implicit patches. The codes of 16 channels of one pixel lie together, so that a tap of 16
+k's is a pixel of the padded input at some distance from the output pixel's first; inputs of fewer channels are packed
+patch by patch. Either is done channel group by channel group, in a scratch buffer of bounded size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,20 +25,20 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
-from .packing import STEPS, images_of, ends_of, interleave, pack, pack_pixels, runs_of
+from .packing import STEPS, ends_of, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
 TILE = 2 * LANES  # lanes of a table: 16-bit rows are one cache line each
 ALIGNMENT = 64
 FEW_STEPS = 4  # k's a pass where fewer than STEPS are left
-MAX_ROWS = 4096  # rows a block: their sums (256 KiB) stay in the second-level cache
+MAX_ROWS = 4096  # rows a block: their sums (512 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
-BUILD_ROWS = 512  # building one k of a row table costs about as much as adding it to this many rows
+BUILD_ROWS = 800  # building one k of a row table costs about as much as adding it to this many rows
 _SCRATCH_WORKER = 4 * 2**20  # of packed codes
 _MIN_PACKED = 2**19
-_BLOCK_BYTES = 2**20 * 5 // 8  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
-_OFFSET_BYTES = 8  # of the offset of each k's weight
+_BLOCK_BYTES = 2**19 * 3  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
+_OFFSET_BYTES = 9  # of the offset of each k's weight, and its share of its group
 
 
 def halves(places: int, bits: int) -> tuple[list[int], list[int]]:
@@ -325,11 +327,13 @@ def _block(
     out_rows = np.empty(rows, np.int64)
     n_runs = runs_of(row_range[0], rows, out_size, stride_image, out_image, out_row, runs, out_rows)
     pixels = np.empty(rows, np.int64)
-    images = np.empty(((row_range[1] - 1) // (out_size[0] * out_size[1]) + 1 - row_range[0] // (out_size[0] * out_size[1]), 4), np.int64)
+    plane = out_size[0] * out_size[1]
+    images = np.empty(((row_range[1] - 1) // plane - row_range[0] // plane + 1, 4), np.int64)
     width, area = images_of(row_range[0], out_size, kernel, geometry, stride_image, images, pixels)
-    direct = by_table and channels >= STEPS and area <= rows * taps and area * STEPS <= budget
+    most_blocks = budget // ((area + _OFFSET_BYTES * taps) * STEPS)
+    direct = by_table and channels >= STEPS and area <= rows * taps and most_blocks > 0
     if direct:
-        group_channels = min(channels, budget // (area * STEPS) * STEPS)
+        group_channels = min(channels, most_blocks * STEPS)
         packed = np.empty(-(-group_channels // STEPS) * STEPS * area, np.uint8)
     else:
         packed = np.empty(-(-group_channels * taps // STEPS) * STEPS * rows, np.uint8)
@@ -347,8 +351,8 @@ def _block(
             base = group * x_group + c * stride_c
             if direct:
                 pack_pixels(
-                    packed, area, width, x, base, some, (stride_c, stride_h, stride_w), size, geometry, pad_code, images,
-                    offsets
+                    packed, area, width, x, base, some, (stride_c, stride_h, stride_w), size, geometry, pad_code,
+                    images, offsets
                 )  # fmt: skip
                 count = -(-some // STEPS) * taps
                 filled = -(-some // STEPS) * STEPS * area
@@ -418,6 +422,29 @@ def _product_sum(
             accumulate = True
 
 
+def _cost(rows: int, lanes: int) -> int:
+    """Row additions that a block of `rows` × `lanes` sums costs for each k, by row tables or by gathering."""
+    return min(-(-lanes // TILE) * (BUILD_ROWS + rows), lanes * (rows + STEPS))
+
+
+@lru_cache
+def _split(total: int, groups: int, lanes: int, workers: int, most_rows: int) -> tuple[int, int, int]:
+    """Into how many parts to cut rows, groups and lanes: cutting rows builds more tables, cutting lanes packs more."""
+    fewest = -(-total // most_rows)
+    found = []
+    for parts in sorted({1, workers} | {2**i for i in range(workers.bit_length())}):
+        group_parts = min(groups, parts)
+        lane_parts = max(1, min(-(-parts // group_parts), lanes // TILE))
+        even = -(-workers // (group_parts * lane_parts))
+        for blocks in {fewest, -(-fewest // even) * even}:
+            if blocks > fewest and total < MIN_ROWS * blocks:
+                continue
+            rows = -(-total // blocks)
+            rounds = -(-blocks * group_parts * lane_parts // workers) * -(-groups // group_parts)
+            found.append((rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts))), blocks, group_parts, lane_parts))
+    return min(found)[1:]
+
+
 def _partial_sum(
     x: Tensor,
     w: Tensor,
@@ -436,15 +463,11 @@ def _partial_sum(
     total, taps = batch * out_size[0] * out_size[1], kernel[0] * kernel[1]
     workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + _BLOCK_BYTES))
     budget = min(_SCRATCH_WORKER, SCRATCH // workers - _BLOCK_BYTES)
-    blocks = -(-total // max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES)))
-    if total >= MIN_ROWS * workers:
-        blocks = -(-blocks // workers) * workers
-    row_ranges = even_ranges(total, blocks)
+    most_rows = max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES))
+    blocks, group_parts, lane_parts = _split(total, groups, lanes, workers, most_rows)
+    row_ranges, group_ranges, lane_ranges = map(even_ranges, (total, groups, lanes), (blocks, group_parts, lane_parts))
     largest = max(stop - start for start, stop in row_ranges)
     group_channels = max(1, min(channels, budget // ((largest + _OFFSET_BYTES) * taps)))
-    spare = -(-workers // len(row_ranges))
-    group_ranges = even_ranges(groups, min(groups, spare))
-    lane_ranges = even_ranges(lanes, max(1, min(-(-spare // len(group_ranges)), lanes // TILE)))
     common = (
         flat(x),
         x.stride(),
@@ -473,16 +496,11 @@ def _partial_sum(
     run(_block, tasks, workers)
 
 
-def _cost(rows: int, lanes: int) -> int:
-    """Row additions that `rows` × `lanes` sums cost for each k, by row tables or by gathering."""
-    blocks, tiles = -(-rows // MAX_ROWS), -(-lanes // TILE)
-    return min(tiles * (BUILD_ROWS * blocks + rows), lanes * (rows + STEPS))
-
-
 def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
     """``(G, M, K)`` by ``(G, N, K)``, any strides, into a contiguous ``(G, M, N)``."""
     _, rows, columns = out.shape
-    swapped = _cost(columns, rows) < _cost(rows, columns)
+    blocks = [-(-side // MAX_ROWS) for side in (rows, columns)]
+    swapped = blocks[1] * _cost(-(-columns // blocks[1]), rows) < blocks[0] * _cost(-(-rows // blocks[0]), columns)
     row_codes, lane_codes = (w, x) if swapped else (x, w)
     _product_sum(
         row_codes.transpose(1, 2)[None, :, :, None, :],
@@ -522,6 +540,8 @@ def lut_conv2d(
     geometry = (*stride, *padding, *dilation)
     out_h, out_w = conv_output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = torch.empty(x.shape[0], w.shape[0], out_h, out_w, dtype=torch.int32)
+    if out_h * out_w == x.shape[2] * x.shape[3] and w.shape[2:] == (1, 1) and x.stride(2) == x.shape[3] * x.stride(3):
+        x, out_h, out_w = x.flatten(2).unsqueeze(2), 1, out_h * out_w  # one long row: short ones are packed slowly
     lane = out_h * out_w
     _product_sum(
         x.unflatten(1, (groups, -1)),
