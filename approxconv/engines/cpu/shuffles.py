@@ -1,0 +1,269 @@
+"""Depthwise convolution by byte shuffles: 64 codes looked up at once, with nothing built (AVX-512 VBMI)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+from torch import Tensor
+
+from ..._versioned import once_per_version
+from ...multiplier import prepare
+from .packing import copy_channels, copy_run
+from .threads import flat
+from .vectors import CODES, LANES, copy, data_of, fill, i32, i64, jit, vector_at
+
+SHUFFLES = "+avx512vbmi" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # what Numba compiles for
+BYTES = 64  # of a vector
+RUN = 2 * BYTES  # codes looked up together
+BAND = 2048  # codes of a channel that are looked up before their sums are written
+MAX_TAPS = 128  # so many bytes sum to less than 2¹⁵
+
+
+def _unpack(builder: Any, a: Any, b: Any, high: bool) -> Any:
+    """Interleave the low or high halves of each 16 bytes, as vpunpckl/h do."""
+    count = a.type.count
+    per = count // 4
+    picks = [
+        lane
+        for group in range(0, count, per)
+        for j in range(group + high * per // 2, group + (1 + high) * per // 2)
+        for lane in (j, count + j)
+    ]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, count), picks))
+
+
+def _transpose_quarters(builder: Any, rows: list[Any]) -> list[Any]:
+    """The 4×4 transpose of the 16-byte quarters of four vectors of int32."""
+
+    def pick(a: Any, b: Any, quarters: Sequence[int]) -> Any:
+        picks = [4 * quarter + j for quarter in quarters for j in range(4)]
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, LANES), picks))
+
+    halves = [[pick(a, b, (k, k + 1, k + 4, k + 5)) for a, b in (rows[:2], rows[2:])] for k in (0, 2)]
+    return [pick(a, b, (k, k + 2, k + 4, k + 6)) for a, b in halves for k in (0, 1)]
+
+
+@intrinsic
+def _sum_looked_up(
+    _: Any, acc: Any, at: Any, codes: Any, start: Any, shifts: Any, table: Any, entries: Any, taps: Any, first: Any,
+    bias: Any, scale: Any
+) -> Any:  # fmt: skip
+    """``acc[at + j] = (bias if first else acc[at + j]) + (Σ_t looked_up(t, j) << scale)`` for j < RUN.
+
+    ``looked_up(t, j) = table[entries[t] + code] + 256·table[entries[t] + 256 + code]`` with
+    ``code = codes[start + shifts[t] + j]``. Two pixels share a 16-bit lane: of the sums of both and the sums of the upper
+    one, both modulo 2¹⁶, the lower one's follow.
+    """
+    signature = types.void(
+        acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.boolean, types.int32, types.int32
+    )
+    byte, word = ir.VectorType(ir.IntType(8), BYTES), ir.VectorType(ir.IntType(16), BYTES // 2)
+    sums = ir.VectorType(i32, LANES)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def constant(vector: ir.VectorType, *values: int) -> ir.Constant:
+            return ir.Constant(vector, list(values) * (vector.count // len(values)))
+
+        def splat(value: Any) -> Any:
+            one = builder.insert_element(ir.Constant(sums, ir.Undefined), value, i32(0))
+            return builder.shuffle_vector(one, ir.Constant(sums, ir.Undefined), constant(sums, 0))
+
+        module = builder.module
+        permute = cgutils.get_or_insert_function(
+            module, ir.FunctionType(byte, [byte] * 3), "llvm.x86.avx512.vpermi2var.qi.512"
+        )
+        multiply_add = cgutils.get_or_insert_function(
+            module, ir.FunctionType(sums, [word] * 2), "llvm.x86.avx512.pmaddw.d.512"
+        )
+        acc_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
+        codes_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
+        shifts_at, table_at, entries_at = (data_of(context, builder, sig.args[i], args[i]) for i in (4, 5, 6))
+        parts = range(RUN // BYTES)
+        zero = constant(word, 0)
+        # [part][low or high byte][both pixels, the upper one]
+        totals = [[[cgutils.alloca_once_value(builder, zero) for _ in "bu"] for _ in "lh"] for _ in parts]
+        with cgutils.for_range(builder, args[7], intp=i64) as loop:
+            row_at = builder.gep(table_at, [builder.load(builder.gep(entries_at, [loop.index]))])
+            quarters = [
+                builder.load(vector_at(builder, builder.gep(row_at, [i64(BYTES * k)]), byte), align=1) for k in range(8)
+            ]
+            from_at = builder.gep(codes_at, [builder.load(builder.gep(shifts_at, [loop.index]))])
+            for part in parts:
+                code = builder.load(vector_at(builder, builder.gep(from_at, [i64(BYTES * part)]), byte), align=1)
+                upper = builder.icmp_signed("<", code, constant(byte, 0))
+                for half in (0, 1):
+                    a, b, c, d = quarters[4 * half : 4 * half + 4]
+                    found = builder.select(
+                        upper, builder.call(permute, [c, code, d]), builder.call(permute, [a, code, b])
+                    )
+                    both = builder.bitcast(found, word)
+                    for total, value in zip(
+                        totals[part][half], (both, builder.lshr(both, constant(word, 8))), strict=True
+                    ):
+                        builder.store(builder.add(builder.load(total), value), total)
+        bias_value, scale_value = splat(args[9]), splat(args[10])
+        for part in parts:
+            low, high = (
+                [
+                    builder.sub(builder.load(both), builder.shl(builder.load(odd), constant(word, 8))),
+                    builder.load(odd),
+                ]
+                for both, odd in totals[part]
+            )
+            even, odd = (
+                [
+                    builder.call(multiply_add, [_unpack(builder, low[i], high[i], side), constant(word, 1, 256)])
+                    for side in (False, True)
+                ]
+                for i in (0, 1)
+            )
+            rows = [_unpack(builder, even[k], odd[k], side) for k in (0, 1) for side in (False, True)]
+            for k, found in enumerate(_transpose_quarters(builder, rows)):
+                to = vector_at(builder, builder.gep(acc_at, [i64(BYTES * part + LANES * k)]), sums)
+                before = builder.select(args[8], bias_value, builder.load(to, align=4))
+                builder.store(builder.add(before, builder.shl(found, scale_value)), to, align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@once_per_version
+def _byte_planes(table: Tensor) -> np.ndarray:
+    """Bytes of ``table[a, w] - min(table)``, lowest first: uint8, ``(256, 2 or 4, 256)``, indexed ``[w, byte, a]``."""
+    known = prepare(table)
+    entries = known.columns.numpy().astype(np.int64) + (known.offset - known.low)
+    planes = entries.astype("<u4").view(np.uint8).reshape(CODES, CODES, 4)[..., : known.rows.itemsize]
+    return np.ascontiguousarray(planes.transpose(0, 2, 1))
+
+
+@jit
+def _fill_phases(
+    planes, channel_size, phase_size, x, base, channels, strides, first_row, rows, images, size, steps, padding, phases,
+    pitch, pad_code, offsets
+):  # fmt: skip
+    """Of each channel, one plane a phase of the strides, in which neighbours are one stride apart.
+
+    Behind each row and each image comes only the padding in front of the next.
+    """
+    stride_image, stride_c, stride_h, stride_w = strides
+    phases_h, phases_w = phases
+    fill(planes, 0, channels * channel_size, pad_code)
+    for ih in range(len(phases_h)):
+        for iw in range(len(phases_w)):
+            left = max(0, (padding[1] - phases_w[iw] + steps[1] - 1) // steps[1])
+            col = left * steps[1] + phases_w[iw] - padding[1]
+            count = (size[1] - 1 - col) // steps[1] + 1 if col < size[1] else 0
+            for i in range(rows):
+                image, row = divmod((first_row + i) * steps[0] + phases_h[ih], pitch[0] * steps[0])
+                row -= padding[0]
+                if count == 0 or image >= images or row < 0 or row >= size[0]:
+                    continue
+                at = (ih * len(phases_w) + iw) * phase_size + i * pitch[1] + left
+                start = base + image * stride_image + row * stride_h + col * stride_w
+                step = steps[1] * stride_w
+                if stride_c == 1 and channels > 1:
+                    copy_channels(planes, at, channel_size, x, start, step, count, channels, offsets)
+                else:
+                    for c in range(channels):
+                        copy_run(planes, c * channel_size + at, x, start + c * stride_c, step, count)
+
+
+@jit
+def shuffled_block(
+    x, x_strides, size, steps, padding, phases, pitch, pad_code, shifts, w, multiplier, table, pairs, bias, out, out_size,
+    all_channels, band, rows, phase_size, image_range, channel_range
+):  # fmt: skip
+    """One task: some images, some channels, 16 at a time; see `_sum_looked_up`.
+
+    The images are one plane below each other, and the rows of it one run.
+    """
+    out_h, out_w = out_size
+    taps = len(shifts)
+    channel_size = len(phases[0]) * len(phases[1]) * phase_size
+    offsets = np.empty(LANES, np.int64)
+    planes = np.empty(LANES * channel_size, np.uint8)
+    entries = np.empty(taps, np.int64)
+    acc = np.empty(((band - 1) * pitch[1] + out_w + RUN - 1) // RUN * RUN, np.int32)
+    images = image_range[1] - image_range[0]
+    all_rows = (images - 1) * pitch[0] + out_h
+    for first_channel in range(channel_range[0], channel_range[1], LANES):
+        channels = min(LANES, channel_range[1] - first_channel)
+        for first_row in range(0, all_rows, band):
+            some_rows = min(band, all_rows - first_row)
+            base = image_range[0] * x_strides[0] + first_channel * x_strides[1]
+            _fill_phases(
+                planes, channel_size, phase_size, x, base, channels, x_strides, first_row, some_rows + rows - band, images,
+                size, steps, padding, phases, pitch, pad_code, offsets
+            )  # fmt: skip
+            for lane in range(first_channel * multiplier, (first_channel + channels) * multiplier):
+                start = (lane // multiplier - first_channel) * channel_size
+                for pair in range(pairs):
+                    for tap in range(taps):
+                        entries[tap] = (np.int64(w[lane * taps + tap]) * pairs + pair) * 2 * CODES
+                    for tap in range(0, taps, MAX_TAPS):
+                        for j in range(0, (some_rows - 1) * pitch[1] + out_w, RUN):
+                            _sum_looked_up(
+                                acc, j, planes, start + j, shifts[tap:], table, entries[tap:], min(MAX_TAPS, taps - tap),
+                                pair == 0 and tap == 0, bias, np.int32(16 * pair)
+                            )  # fmt: skip
+                for image in range(images):
+                    at = ((image_range[0] + image) * all_channels * multiplier + lane) * out_h * out_w
+                    above = image * pitch[0] - first_row
+                    for row in range(max(0, -above), min(out_h, some_rows - above)):
+                        copy(out, at + row * out_w, acc, (above + row) * pitch[1], out_w)
+
+
+def _phases(taps: int, stride: int, dilation: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """The phases of a stride that taps see, and of each tap the index of its phase and its shift there."""
+    places = [divmod(tap * dilation, stride) for tap in range(taps)]
+    phases = sorted({phase for _, phase in places})
+    return phases, [(phases.index(phase), shift) for shift, phase in places]
+
+
+def plan(
+    x: Tensor, w: np.ndarray, table: Tensor, kernel: Sequence[int], geometry: Sequence[int], pad_code: int, y: Tensor
+) -> tuple[tuple[Any, ...], int]:
+    """Arguments of `shuffled_block` without its ranges, and the bytes of scratch that a worker takes."""
+    _, channels, *size = x.shape
+    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+    known, table_bytes = prepare(table), _byte_planes(table)
+    pitch = [-(-(pad + n) // step) for pad, n, step in zip(padding, size, stride, strict=True)]
+    (phases_h, rows), (phases_w, cols) = (_phases(*axis) for axis in zip(kernel, stride, dilation, strict=True))
+    out_h, out_w = y.shape[2:]
+    band = max(1, BAND // pitch[1])
+    more = max(shift for _, shift in rows)
+    run = -(-((band - 1) * pitch[1] + out_w) // RUN) * RUN
+    phase = run + more * pitch[1] + max(shift for _, shift in cols)
+    shifts = [
+        (ih * len(phases_w) + iw) * phase + row * pitch[1] + col for ih, row in rows for iw, col in cols
+    ]
+    arguments = (
+        flat(x),
+        x.stride(),
+        tuple(size),
+        tuple(stride),
+        tuple(padding),
+        (np.array(phases_h), np.array(phases_w)),
+        tuple(pitch),
+        np.uint8(pad_code),
+        np.array(shifts),
+        w,
+        y.shape[1] // channels,
+        table_bytes.reshape(-1),
+        table_bytes.shape[1] // 2,
+        np.int32(len(shifts) * known.low),
+        y.view(-1).numpy(),
+        (out_h, out_w),
+        channels,
+        band,
+        band + more,
+        phase,
+    )
+    return arguments, LANES * len(phases_h) * len(phases_w) * phase + 4 * run
