@@ -17,7 +17,7 @@ from ..._versioned import once_per_version
 from ...multiplier import prepare
 from .packing import copy_channels, copy_run
 from .threads import flat
-from .vectors import CODES, LANES, copy, data_of, fill, i32, i64, jit, vector_at
+from .vectors import CODES, LANES, copy, data_of, fill, i32, i64, jit, transpose, vector_at
 
 SHUFFLES = "+avx512vbmi" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # what Numba compiles for
 BYTES = 64  # of a vector
@@ -143,6 +143,76 @@ def _byte_planes(table: Tensor) -> np.ndarray:
     return np.ascontiguousarray(planes.transpose(0, 2, 1))
 
 
+def _move_row(width: int, step: int) -> Any:
+    """Intrinsic ``target[at + j] = source[start + j·step]``, then ``target[end + j] = code``, for j < width."""
+
+    @intrinsic
+    def move_row(_: Any, target: Any, at: Any, source: Any, start: Any, end: Any, code: Any) -> Any:
+        signature = types.void(target, types.int64, source, types.int64, types.int64, types.uint8)
+        byte, read = (ir.VectorType(ir.IntType(8), n * width) for n in (1, step))
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            def store(value: Any, picks: list[int], at: Any) -> None:
+                mask = ir.Constant(ir.VectorType(i32, width), picks)
+                value = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+                target_at = data_of(context, builder, sig.args[0], args[0])
+                builder.store(value, vector_at(builder, builder.gep(target_at, [at]), byte), align=1)
+
+            source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
+            row = builder.load(vector_at(builder, source_at, read), align=1)
+            store(row, list(range(0, step * width, step)), args[1])
+            store(builder.insert_element(ir.Constant(byte, ir.Undefined), args[5], i32(0)), [0] * width, args[4])
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return move_row
+
+
+_move_16, _move_64 = _move_row(LANES, 1), _move_row(BYTES, 1)
+_move_16_of_2, _move_64_of_2 = _move_row(LANES, 2), _move_row(BYTES, 2)
+
+
+@jit
+def _fill_rows(planes, at, pitch, x, start, step_h, step, rows, count, pad_code):
+    """Copy `rows` rows of `count` codes, padded behind."""
+    if step not in (1, 2) or start + (rows - 1) * step_h + (count + BYTES) * step > len(x):
+        for i in range(rows):
+            copy_run(planes, at + i * pitch, x, start + i * step_h, step, count)
+    elif count <= LANES:
+        for i in range(rows):
+            to, come = at + i * pitch, start + i * step_h
+            if step == 1:
+                _move_16(planes, to, x, come, to + count, pad_code)
+            else:
+                _move_16_of_2(planes, to, x, come, to + count, pad_code)
+    else:
+        for i in range(rows):
+            to, come = at + i * pitch, start + i * step_h
+            for j in range(0, count, BYTES):
+                if step == 1:
+                    _move_64(planes, to + j, x, come + j, to + count, pad_code)
+                else:
+                    _move_64_of_2(planes, to + j, x, come + 2 * j, to + count, pad_code)
+
+
+@jit
+def _fill_rows_of_16(planes, at, channel_size, pitch, x, start, step_h, step, rows, count, pad_code, offsets):
+    """The same for 16 channels whose codes lie next to each other."""
+    for j in range(LANES):
+        offsets[j] = j * step
+    whole = start + (rows - 1) * step_h + (count + LANES) * step <= len(x)
+    for i in range(rows):
+        to, come = at + i * pitch, start + i * step_h
+        if whole:
+            for j in range(0, count, LANES):
+                transpose(planes, to + j, channel_size, x, offsets, come + j * step)
+            for c in range(LANES):
+                fill(planes, to + count + c * channel_size, LANES, pad_code)
+        else:
+            copy_channels(planes, to, channel_size, x, come, step, count, LANES, offsets)
+
+
 @jit
 def _fill_phases(
     planes, channel_size, phase_size, x, base, channels, strides, first_row, rows, images, size, steps, padding, phases,
@@ -150,29 +220,41 @@ def _fill_phases(
 ):  # fmt: skip
     """Of each channel, one plane a phase of the strides, in which neighbours are one stride apart.
 
-    Behind each row and each image comes only the padding in front of the next.
+    Behind each row and each image comes only the padding in front of the next. A row is written with what lies behind
+    it in memory, which padding and the next row then replace.
     """
     stride_image, stride_c, stride_h, stride_w = strides
     phases_h, phases_w = phases
+    step_h, step_w = steps
+    together = stride_c == 1 and channels == LANES
     fill(planes, 0, channels * channel_size, pad_code)
     for ih in range(len(phases_h)):
+        top = padding[0] - phases_h[ih]
+        lowest, behind = max(0, (top + step_h - 1) // step_h), (size[0] - 1 + top) // step_h + 1
         for iw in range(len(phases_w)):
-            left = max(0, (padding[1] - phases_w[iw] + steps[1] - 1) // steps[1])
-            col = left * steps[1] + phases_w[iw] - padding[1]
-            count = (size[1] - 1 - col) // steps[1] + 1 if col < size[1] else 0
-            for i in range(rows):
-                image, row = divmod((first_row + i) * steps[0] + phases_h[ih], pitch[0] * steps[0])
-                row -= padding[0]
-                if count == 0 or image >= images or row < 0 or row >= size[0]:
-                    continue
-                at = (ih * len(phases_w) + iw) * phase_size + i * pitch[1] + left
-                start = base + image * stride_image + row * stride_h + col * stride_w
-                step = steps[1] * stride_w
-                if stride_c == 1 and channels > 1:
-                    copy_channels(planes, at, channel_size, x, start, step, count, channels, offsets)
-                else:
-                    for c in range(channels):
-                        copy_run(planes, c * channel_size + at, x, start + c * stride_c, step, count)
+            left = max(0, (padding[1] - phases_w[iw] + step_w - 1) // step_w)
+            col = left * step_w + phases_w[iw] - padding[1]
+            count = max(0, (size[1] - 1 - col) // step_w + 1)
+            plane_at = (ih * len(phases_w) + iw) * phase_size + left
+            for c in range(1 if together else channels):
+                for image in range(images):
+                    above = image * pitch[0] - first_row  # where the image begins
+                    first, last = max(0, above + lowest), min(rows, above + behind)
+                    if first >= last or count == 0:
+                        continue
+                    at = plane_at + c * channel_size + first * pitch[1]
+                    start = base + image * stride_image + c * stride_c + col * stride_w
+                    start += ((first - above) * step_h - top) * stride_h
+                    if together:
+                        _fill_rows_of_16(
+                            planes, at, channel_size, pitch[1], x, start, step_h * stride_h, step_w * stride_w,
+                            last - first, count, pad_code, offsets
+                        )  # fmt: skip
+                    else:
+                        _fill_rows(
+                            planes, at, pitch[1], x, start, step_h * stride_h, step_w * stride_w, last - first, count,
+                            pad_code
+                        )  # fmt: skip
 
 
 @jit
@@ -240,7 +322,8 @@ def plan(
     band = max(1, BAND // pitch[1])
     more = max(shift for _, shift in rows)
     run = -(-((band - 1) * pitch[1] + out_w) // RUN) * RUN
-    phase = run + more * pitch[1] + max(shift for _, shift in cols)
+    seen = run + more * pitch[1] + max(shift for _, shift in cols)
+    phase = max(seen, (band + more) * pitch[1]) + BYTES
     shifts = [
         (ih * len(phases_w) + iw) * phase + row * pitch[1] + col for ih, row in rows for iw, col in cols
     ]
