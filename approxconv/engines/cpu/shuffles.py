@@ -24,6 +24,7 @@ BYTES = 64  # of a vector
 RUN = 2 * BYTES  # codes looked up together
 BAND = 2048  # codes of a channel that are looked up before their sums are written
 MAX_TAPS = 128  # so many bytes sum to less than 2¹⁵
+_BYTE = ir.VectorType(ir.IntType(8), BYTES)
 
 
 def _unpack(builder: Any, a: Any, b: Any, high: bool) -> Any:
@@ -50,6 +51,31 @@ def _transpose_quarters(builder: Any, rows: list[Any]) -> list[Any]:
     return [pick(a, b, (k, k + 2, k + 4, k + 6)) for a, b in halves for k in (0, 1)]
 
 
+def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, i32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(i32, vector.count), [0] * vector.count))
+
+
+def _load(builder: Any, pointer: Any, k: int) -> Any:
+    """The k-th 64 bytes behind a pointer to bytes."""
+    return builder.load(vector_at(builder, builder.gep(pointer, [i64(BYTES * k)]), _BYTE), align=1)
+
+
+def _look_up(builder: Any, table: Sequence[Any], codes: Any) -> Any:
+    """Of each code the entry of a table in one vector, or in four."""
+    if len(table) == 1:
+        permute = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_BYTE, [_BYTE] * 2), "llvm.x86.avx512.permvar.qi.512"
+        )
+        return builder.call(permute, [table[0], codes])
+    permute = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_BYTE, [_BYTE] * 3), "llvm.x86.avx512.vpermi2var.qi.512"
+    )
+    lower, upper = (builder.call(permute, [table[k], codes, table[k + 1]]) for k in (0, 2))
+    return builder.select(builder.icmp_signed("<", codes, ir.Constant(_BYTE, None)), upper, lower)
+
+
 @intrinsic
 def _sum_looked_up(
     _: Any, acc: Any, at: Any, codes: Any, start: Any, shifts: Any, table: Any, entries: Any, taps: Any, first: Any,
@@ -64,23 +90,14 @@ def _sum_looked_up(
     signature = types.void(
         acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.boolean, types.int32, types.int32
     )
-    byte, word = ir.VectorType(ir.IntType(8), BYTES), ir.VectorType(ir.IntType(16), BYTES // 2)
-    sums = ir.VectorType(i32, LANES)
+    word, sums = ir.VectorType(ir.IntType(16), BYTES // 2), ir.VectorType(i32, LANES)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         def constant(vector: ir.VectorType, *values: int) -> ir.Constant:
             return ir.Constant(vector, list(values) * (vector.count // len(values)))
 
-        def splat(value: Any) -> Any:
-            one = builder.insert_element(ir.Constant(sums, ir.Undefined), value, i32(0))
-            return builder.shuffle_vector(one, ir.Constant(sums, ir.Undefined), constant(sums, 0))
-
-        module = builder.module
-        permute = cgutils.get_or_insert_function(
-            module, ir.FunctionType(byte, [byte] * 3), "llvm.x86.avx512.vpermi2var.qi.512"
-        )
         multiply_add = cgutils.get_or_insert_function(
-            module, ir.FunctionType(sums, [word] * 2), "llvm.x86.avx512.pmaddw.d.512"
+            builder.module, ir.FunctionType(sums, [word] * 2), "llvm.x86.avx512.pmaddw.d.512"
         )
         acc_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
         codes_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
@@ -91,24 +108,18 @@ def _sum_looked_up(
         totals = [[[cgutils.alloca_once_value(builder, zero) for _ in "bu"] for _ in "lh"] for _ in parts]
         with cgutils.for_range(builder, args[7], intp=i64) as loop:
             row_at = builder.gep(table_at, [builder.load(builder.gep(entries_at, [loop.index]))])
-            quarters = [
-                builder.load(vector_at(builder, builder.gep(row_at, [i64(BYTES * k)]), byte), align=1) for k in range(8)
-            ]
+            quarters = [_load(builder, row_at, k) for k in range(8)]
             from_at = builder.gep(codes_at, [builder.load(builder.gep(shifts_at, [loop.index]))])
             for part in parts:
-                code = builder.load(vector_at(builder, builder.gep(from_at, [i64(BYTES * part)]), byte), align=1)
-                upper = builder.icmp_signed("<", code, constant(byte, 0))
+                code = _load(builder, from_at, part)
                 for half in (0, 1):
-                    a, b, c, d = quarters[4 * half : 4 * half + 4]
-                    found = builder.select(
-                        upper, builder.call(permute, [c, code, d]), builder.call(permute, [a, code, b])
-                    )
+                    found = _look_up(builder, quarters[4 * half : 4 * half + 4], code)
                     both = builder.bitcast(found, word)
                     for total, value in zip(
                         totals[part][half], (both, builder.lshr(both, constant(word, 8))), strict=True
                     ):
                         builder.store(builder.add(builder.load(total), value), total)
-        bias_value, scale_value = splat(args[9]), splat(args[10])
+        bias_value, scale_value = (_splat(builder, args[i], sums) for i in (9, 10))
         for part in parts:
             low, high = (
                 [
@@ -143,57 +154,71 @@ def _byte_planes(table: Tensor) -> np.ndarray:
     return np.ascontiguousarray(planes.transpose(0, 2, 1))
 
 
-def _move_row(width: int, step: int) -> Any:
-    """Intrinsic ``target[at + j] = source[start + j·step]``, then ``target[end + j] = code``, for j < width."""
+def _pick(reach: int) -> Any:
+    """Intrinsic ``target[at + j] = source[start + picks[j]] if keep[j] else code`` for j < 64, picks < reach ≤ 256."""
 
     @intrinsic
-    def move_row(_: Any, target: Any, at: Any, source: Any, start: Any, end: Any, code: Any) -> Any:
-        signature = types.void(target, types.int64, source, types.int64, types.int64, types.uint8)
-        byte, read = (ir.VectorType(ir.IntType(8), n * width) for n in (1, step))
+    def pick(_: Any, target: Any, at: Any, source: Any, start: Any, picks: Any, keep: Any, code: Any) -> Any:
+        signature = types.void(target, types.int64, source, types.int64, picks, keep, types.uint8)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            def store(value: Any, picks: list[int], at: Any) -> None:
-                mask = ir.Constant(ir.VectorType(i32, width), picks)
-                value = builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
-                target_at = data_of(context, builder, sig.args[0], args[0])
-                builder.store(value, vector_at(builder, builder.gep(target_at, [at]), byte), align=1)
-
+            target_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
             source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
-            row = builder.load(vector_at(builder, source_at, read), align=1)
-            store(row, list(range(0, step * width, step)), args[1])
-            store(builder.insert_element(ir.Constant(byte, ir.Undefined), args[5], i32(0)), [0] * width, args[4])
+            picks, keep = (
+                builder.load(vector_at(builder, data_of(context, builder, sig.args[i], args[i]), _BYTE), align=1)
+                for i in (4, 5)
+            )
+            found = _look_up(builder, [_load(builder, source_at, k) for k in range(reach // BYTES)], picks)
+            kept = builder.icmp_unsigned("!=", keep, ir.Constant(_BYTE, None))
+            builder.store(
+                builder.select(kept, found, _splat(builder, args[6], _BYTE)),
+                vector_at(builder, target_at, _BYTE),
+                align=1,
+            )
             return context.get_dummy_value()
 
         return signature, codegen
 
-    return move_row
+    return pick
 
 
-_move_16, _move_64 = _move_row(LANES, 1), _move_row(BYTES, 1)
-_move_16_of_2, _move_64_of_2 = _move_row(LANES, 2), _move_row(BYTES, 2)
+@intrinsic
+def _pad_64(_: Any, target: Any, at: Any, code: Any) -> Any:
+    """``target[at : at + 64] = code``."""
+    signature = types.void(target, types.int64, types.uint8)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        to = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
+        builder.store(_splat(builder, args[2], _BYTE), vector_at(builder, to, _BYTE), align=1)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_pick_64, _pick_256 = _pick(BYTES), _pick(CODES)
 
 
 @jit
-def _fill_rows(planes, at, pitch, x, start, step_h, step, rows, count, pad_code):
-    """Copy `rows` rows of `count` codes, padded behind."""
-    if step not in (1, 2) or start + (rows - 1) * step_h + (count + BYTES) * step > len(x):
-        for i in range(rows):
-            copy_run(planes, at + i * pitch, x, start + i * step_h, step, count)
-    elif count <= LANES:
-        for i in range(rows):
-            to, come = at + i * pitch, start + i * step_h
-            if step == 1:
-                _move_16(planes, to, x, come, to + count, pad_code)
-            else:
-                _move_16_of_2(planes, to, x, come, to + count, pad_code)
-    else:
-        for i in range(rows):
-            to, come = at + i * pitch, start + i * step_h
-            for j in range(0, count, BYTES):
-                if step == 1:
-                    _move_64(planes, to + j, x, come + j, to + count, pad_code)
-                else:
-                    _move_64_of_2(planes, to + j, x, come + 2 * j, to + count, pad_code)
+def _picks_of(pitch, step_h, step, count, picks, keep):
+    """What the 64 codes of as many rows as these hold are picked by; how many rows, and how far it reaches."""
+    keep[:] = 0
+    chunk = min(count, BYTES)
+    if step <= 0 or step_h < 0 or (chunk - 1) * step >= CODES:
+        return 0, 0
+    together = 1
+    if pitch <= BYTES and step_h > 0:
+        together = min(BYTES // pitch, (CODES - 1 - (chunk - 1) * step) // step_h + 1)
+    for i in range(together):
+        for j in range(chunk):
+            picks[i * pitch + j] = i * step_h + j * step
+            keep[i * pitch + j] = 1
+    return together, (together - 1) * step_h + (chunk - 1) * step + 1
+
+
+@jit
+def _copy_rows(planes, at, pitch, x, start, step_h, step, rows, count):
+    for i in range(rows):
+        copy_run(planes, at + i * pitch, x, start + i * step_h, step, count)
 
 
 @jit
@@ -216,7 +241,7 @@ def _fill_rows_of_16(planes, at, channel_size, pitch, x, start, step_h, step, ro
 @jit
 def _fill_phases(
     planes, channel_size, phase_size, x, base, channels, strides, first_row, rows, images, size, steps, padding, phases,
-    pitch, pad_code, offsets
+    pitch, pad_code, offsets, picks, keep
 ):  # fmt: skip
     """Of each channel, one plane a phase of the strides, in which neighbours are one stride apart.
 
@@ -226,7 +251,8 @@ def _fill_phases(
     stride_image, stride_c, stride_h, stride_w = strides
     phases_h, phases_w = phases
     step_h, step_w = steps
-    together = stride_c == 1 and channels == LANES
+    row_step, step = step_h * stride_h, step_w * stride_w
+    by_pixel = stride_c == 1 and channels == LANES
     fill(planes, 0, channels * channel_size, pad_code)
     for ih in range(len(phases_h)):
         top = padding[0] - phases_h[ih]
@@ -235,8 +261,9 @@ def _fill_phases(
             left = max(0, (padding[1] - phases_w[iw] + step_w - 1) // step_w)
             col = left * step_w + phases_w[iw] - padding[1]
             count = max(0, (size[1] - 1 - col) // step_w + 1)
+            together, reach = _picks_of(pitch[1], row_step, step, count, picks, keep)
             plane_at = (ih * len(phases_w) + iw) * phase_size + left
-            for c in range(1 if together else channels):
+            for c in range(1 if by_pixel else channels):
                 for image in range(images):
                     above = image * pitch[0] - first_row  # where the image begins
                     first, last = max(0, above + lowest), min(rows, above + behind)
@@ -245,16 +272,24 @@ def _fill_phases(
                     at = plane_at + c * channel_size + first * pitch[1]
                     start = base + image * stride_image + c * stride_c + col * stride_w
                     start += ((first - above) * step_h - top) * stride_h
-                    if together:
+                    if by_pixel:
                         _fill_rows_of_16(
-                            planes, at, channel_size, pitch[1], x, start, step_h * stride_h, step_w * stride_w,
-                            last - first, count, pad_code, offsets
+                            planes, at, channel_size, pitch[1], x, start, row_step, step, last - first, count, pad_code,
+                            offsets
                         )  # fmt: skip
+                    elif together == 0 or start + (last - 1 - first) * row_step + count * step + CODES > len(x):
+                        _copy_rows(planes, at, pitch[1], x, start, row_step, step, last - first, count)
                     else:
-                        _fill_rows(
-                            planes, at, pitch[1], x, start, step_h * stride_h, step_w * stride_w, last - first, count,
-                            pad_code
-                        )  # fmt: skip
+                        for i in range(0, last - first, together):
+                            to, come = at + i * pitch[1], start + i * row_step
+                            for j in range(0, count, BYTES):
+                                if reach <= BYTES:
+                                    _pick_64(planes, to + j, x, come + j * step, picks, keep, pad_code)
+                                else:
+                                    _pick_256(planes, to + j, x, come + j * step, picks, keep, pad_code)
+                            if count > BYTES:
+                                _pad_64(planes, to + count, pad_code)
+                        _pad_64(planes, at + (last - 1 - first) * pitch[1] + count, pad_code)
 
 
 @jit
@@ -269,7 +304,7 @@ def shuffled_block(
     out_h, out_w = out_size
     taps = len(shifts)
     channel_size = len(phases[0]) * len(phases[1]) * phase_size
-    offsets = np.empty(LANES, np.int64)
+    offsets, picks, keep = np.empty(LANES, np.int64), np.empty(BYTES, np.uint8), np.empty(BYTES, np.uint8)
     planes = np.empty(LANES * channel_size, np.uint8)
     entries = np.empty(taps, np.int64)
     acc = np.empty(((band - 1) * pitch[1] + out_w + RUN - 1) // RUN * RUN, np.int32)
@@ -282,7 +317,7 @@ def shuffled_block(
             base = image_range[0] * x_strides[0] + first_channel * x_strides[1]
             _fill_phases(
                 planes, channel_size, phase_size, x, base, channels, x_strides, first_row, some_rows + rows - band, images,
-                size, steps, padding, phases, pitch, pad_code, offsets
+                size, steps, padding, phases, pitch, pad_code, offsets, picks, keep
             )  # fmt: skip
             for lane in range(first_channel * multiplier, (first_channel + channels) * multiplier):
                 start = (lane // multiplier - first_channel) * channel_size
