@@ -155,23 +155,24 @@ def _byte_planes(table: Tensor) -> np.ndarray:
 
 
 def _pick(reach: int) -> Any:
-    """Intrinsic ``target[at + j] = source[start + picks[j]] if keep[j] else code`` for j < 64, picks < reach ≤ 256."""
+    """Intrinsic ``target[at + j] = source[start + picks[first + j]] if keep[first + j] else code`` for j < 64."""
 
     @intrinsic
-    def pick(_: Any, target: Any, at: Any, source: Any, start: Any, picks: Any, keep: Any, code: Any) -> Any:
-        signature = types.void(target, types.int64, source, types.int64, picks, keep, types.uint8)
+    def pick(
+        _: Any, target: Any, at: Any, source: Any, start: Any, picks: Any, keep: Any, first: Any, code: Any
+    ) -> Any:
+        signature = types.void(target, types.int64, source, types.int64, picks, keep, types.int64, types.uint8)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             target_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
             source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
             picks, keep = (
-                builder.load(vector_at(builder, data_of(context, builder, sig.args[i], args[i]), _BYTE), align=1)
-                for i in (4, 5)
+                _load(builder, builder.gep(data_of(context, builder, sig.args[i], args[i]), [args[6]]), 0) for i in (4, 5)
             )
             found = _look_up(builder, [_load(builder, source_at, k) for k in range(reach // BYTES)], picks)
             kept = builder.icmp_unsigned("!=", keep, ir.Constant(_BYTE, None))
             builder.store(
-                builder.select(kept, found, _splat(builder, args[6], _BYTE)),
+                builder.select(kept, found, _splat(builder, args[7], _BYTE)),
                 vector_at(builder, target_at, _BYTE),
                 align=1,
             )
@@ -199,20 +200,25 @@ _pick_64, _pick_256 = _pick(BYTES), _pick(CODES)
 
 
 @jit
-def _picks_of(pitch, step_h, step, count, picks, keep):
-    """What the 64 codes of as many rows as these hold are picked by; how many rows, and how far it reaches."""
+def _columns_of(width, step, stride_w, padding, phases, pitch, row_step, columns, picks, keep):
+    """Of each phase of the columns: first code and its column, count, how many rows one vector holds and their reach."""
     keep[:] = 0
-    chunk = min(count, BYTES)
-    if step <= 0 or step_h < 0 or (chunk - 1) * step >= CODES:
-        return 0, 0
-    together = 1
-    if pitch <= BYTES and step_h > 0:
-        together = min(BYTES // pitch, (CODES - 1 - (chunk - 1) * step) // step_h + 1)
-    for i in range(together):
-        for j in range(chunk):
-            picks[i * pitch + j] = i * step_h + j * step
-            keep[i * pitch + j] = 1
-    return together, (together - 1) * step_h + (chunk - 1) * step + 1
+    for i in range(len(phases)):
+        left = max(0, (padding - phases[i] + step - 1) // step)
+        col = left * step + phases[i] - padding
+        count = max(0, (width - 1 - col) // step + 1)
+        chunk = min(count, BYTES)
+        together = 0
+        if stride_w > 0 and row_step > 0 and (chunk - 1) * step * stride_w < CODES:
+            together = 1
+            if pitch <= BYTES:
+                together = min(BYTES // pitch, (CODES - 1 - (chunk - 1) * step * stride_w) // row_step + 1)
+            for row in range(together):
+                for j in range(chunk):
+                    picks[i * BYTES + row * pitch + j] = row * row_step + j * step * stride_w
+                    keep[i * BYTES + row * pitch + j] = 1
+        reach = (together - 1) * row_step + (chunk - 1) * step * stride_w + 1
+        columns[i] = left, col * stride_w, count, together, reach
 
 
 @jit
@@ -240,56 +246,53 @@ def _fill_rows_of_16(planes, at, channel_size, pitch, x, start, step_h, step, ro
 
 @jit
 def _fill_phases(
-    planes, channel_size, phase_size, x, base, channels, strides, first_row, rows, images, size, steps, padding, phases,
-    pitch, pad_code, offsets, picks, keep
+    planes, channel_size, phase_size, x, base, channels, strides, first_row, rows, images, height, step_h, step, pad_h,
+    phases_h, columns, picks, keep, pitch, pad_code, offsets
 ):  # fmt: skip
     """Of each channel, one plane a phase of the strides, in which neighbours are one stride apart.
 
-    Behind each row and each image comes only the padding in front of the next. A row is written with what lies behind
-    it in memory, which padding and the next row then replace.
+    Behind each row and each image comes only the padding in front of the next. Rows are written with what lies behind
+    them in memory, which padding and the next rows then replace.
     """
-    stride_image, stride_c, stride_h, stride_w = strides
-    phases_h, phases_w = phases
-    step_h, step_w = steps
-    row_step, step = step_h * stride_h, step_w * stride_w
+    stride_image, stride_c, stride_h = strides
+    row_step = step_h * stride_h
     by_pixel = stride_c == 1 and channels == LANES
-    fill(planes, 0, channels * channel_size, pad_code)
     for ih in range(len(phases_h)):
-        top = padding[0] - phases_h[ih]
-        lowest, behind = max(0, (top + step_h - 1) // step_h), (size[0] - 1 + top) // step_h + 1
-        for iw in range(len(phases_w)):
-            left = max(0, (padding[1] - phases_w[iw] + step_w - 1) // step_w)
-            col = left * step_w + phases_w[iw] - padding[1]
-            count = max(0, (size[1] - 1 - col) // step_w + 1)
-            together, reach = _picks_of(pitch[1], row_step, step, count, picks, keep)
-            plane_at = (ih * len(phases_w) + iw) * phase_size + left
+        top = pad_h - phases_h[ih]
+        lowest, behind = max(0, (top + step_h - 1) // step_h), (height - 1 + top) // step_h + 1
+        for image in range(images):
+            above = image * pitch[0] - first_row  # where the image begins
+            first = max(0, above + lowest)
+            n_rows = min(rows, above + behind) - first
+            image_start = base + image * stride_image + ((first - above) * step_h - top) * stride_h
             for c in range(1 if by_pixel else channels):
-                for image in range(images):
-                    above = image * pitch[0] - first_row  # where the image begins
-                    first, last = max(0, above + lowest), min(rows, above + behind)
-                    if first >= last or count == 0:
+                row_start = image_start + c * stride_c
+                for iw in range(len(columns) if n_rows > 0 else 0):
+                    left, col, count, together, reach = columns[iw]
+                    at = c * channel_size + (ih * len(columns) + iw) * phase_size + first * pitch[1] + left
+                    start = row_start + col
+                    if count == 0:
                         continue
-                    at = plane_at + c * channel_size + first * pitch[1]
-                    start = base + image * stride_image + c * stride_c + col * stride_w
-                    start += ((first - above) * step_h - top) * stride_h
                     if by_pixel:
                         _fill_rows_of_16(
-                            planes, at, channel_size, pitch[1], x, start, row_step, step, last - first, count, pad_code,
-                            offsets
+                            planes, at, channel_size, pitch[1], x, start, row_step, step, n_rows, count, pad_code, offsets
                         )  # fmt: skip
-                    elif together == 0 or start + (last - 1 - first) * row_step + count * step + CODES > len(x):
-                        _copy_rows(planes, at, pitch[1], x, start, row_step, step, last - first, count)
+                    elif together == 0 or start + (n_rows - 1) * row_step + count * step + CODES > len(x):
+                        _copy_rows(planes, at, pitch[1], x, start, row_step, step, n_rows, count)
                     else:
-                        for i in range(0, last - first, together):
-                            to, come = at + i * pitch[1], start + i * row_step
-                            for j in range(0, count, BYTES):
+                        i = 0
+                        while i < n_rows:
+                            to, come, j = at + i * pitch[1], start + i * row_step, 0
+                            while j < count:
                                 if reach <= BYTES:
-                                    _pick_64(planes, to + j, x, come + j * step, picks, keep, pad_code)
+                                    _pick_64(planes, to + j, x, come + j * step, picks, keep, iw * BYTES, pad_code)
                                 else:
-                                    _pick_256(planes, to + j, x, come + j * step, picks, keep, pad_code)
+                                    _pick_256(planes, to + j, x, come + j * step, picks, keep, iw * BYTES, pad_code)
+                                j += BYTES
                             if count > BYTES:
                                 _pad_64(planes, to + count, pad_code)
-                        _pad_64(planes, at + (last - 1 - first) * pitch[1] + count, pad_code)
+                            i += together
+                        _pad_64(planes, at + (n_rows - 1) * pitch[1] + count, pad_code)
 
 
 @jit
@@ -304,8 +307,13 @@ def shuffled_block(
     out_h, out_w = out_size
     taps = len(shifts)
     channel_size = len(phases[0]) * len(phases[1]) * phase_size
-    offsets, picks, keep = np.empty(LANES, np.int64), np.empty(BYTES, np.uint8), np.empty(BYTES, np.uint8)
     planes = np.empty(LANES * channel_size, np.uint8)
+    offsets, columns = np.empty(LANES, np.int64), np.empty((len(phases[1]), 5), np.int64)
+    picks, keep = np.empty(len(columns) * BYTES, np.uint8), np.empty(len(columns) * BYTES, np.uint8)
+    stride_image, stride_c, stride_h, stride_w = x_strides
+    _columns_of(
+        size[1], steps[1], stride_w, padding[1], phases[1], pitch[1], steps[0] * stride_h, columns, picks, keep
+    )  # fmt: skip
     entries = np.empty(taps, np.int64)
     acc = np.empty(((band - 1) * pitch[1] + out_w + RUN - 1) // RUN * RUN, np.int32)
     images = image_range[1] - image_range[0]
@@ -314,10 +322,13 @@ def shuffled_block(
         channels = min(LANES, channel_range[1] - first_channel)
         for first_row in range(0, all_rows, band):
             some_rows = min(band, all_rows - first_row)
-            base = image_range[0] * x_strides[0] + first_channel * x_strides[1]
+            base = image_range[0] * stride_image + first_channel * stride_c
+            if first_channel == channel_range[0] or all_rows > band:  # else the padding is where it was
+                fill(planes, 0, channels * channel_size, pad_code)
             _fill_phases(
-                planes, channel_size, phase_size, x, base, channels, x_strides, first_row, some_rows + rows - band, images,
-                size, steps, padding, phases, pitch, pad_code, offsets, picks, keep
+                planes, channel_size, phase_size, x, base, channels, (stride_image, stride_c, stride_h), first_row,
+                some_rows + rows - band, images, size[0], steps[0], steps[1] * stride_w, padding[0], phases[0], columns,
+                picks, keep, pitch, pad_code, offsets
             )  # fmt: skip
             for lane in range(first_channel * multiplier, (first_channel + channels) * multiplier):
                 start = (lane // multiplier - first_channel) * channel_size
