@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -22,7 +23,7 @@ from .vectors import CODES, LANES, copy, data_of, fill, i32, i64, jit, transpose
 SHUFFLES = "+avx512vbmi" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")  # what Numba compiles for
 BYTES = 64  # of a vector
 RUN = 2 * BYTES  # codes looked up together
-BAND = 2048  # codes of a channel that are looked up before their sums are written
+BAND = 4096  # codes of a channel that are looked up before their sums are written
 MAX_TAPS = 128  # so many bytes sum to less than 2¹⁵
 _BYTE = ir.VectorType(ir.IntType(8), BYTES)
 
@@ -78,18 +79,19 @@ def _look_up(builder: Any, table: Sequence[Any], codes: Any) -> Any:
 
 @intrinsic
 def _sum_looked_up(
-    _: Any, acc: Any, at: Any, codes: Any, start: Any, shifts: Any, table: Any, entries: Any, taps: Any, first: Any,
-    bias: Any, scale: Any
+    _: Any, acc: Any, at: Any, codes: Any, start: Any, shifts: Any, table: Any, entries: Any, tap: Any, taps: Any,
+    first: Any, bias: Any, scale: Any
 ) -> Any:  # fmt: skip
-    """``acc[at + j] = (bias if first else acc[at + j]) + (Σ_t looked_up(t, j) << scale)`` for j < RUN.
+    """``acc[at + j] = (bias if first else acc[at + j]) + (Σ_t looked_up(t, j) << scale)``, j < RUN, tap ≤ t < taps.
 
     ``looked_up(t, j) = table[entries[t] + code] + 256·table[entries[t] + 256 + code]`` with
     ``code = codes[start + shifts[t] + j]``. Two pixels share a 16-bit lane: of the sums of both and the sums of the upper
     one, both modulo 2¹⁶, the lower one's follow.
     """
     signature = types.void(
-        acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.boolean, types.int32, types.int32
-    )
+        acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.int64, types.boolean, types.int32,
+        types.int32
+    )  # fmt: skip
     word, sums = ir.VectorType(ir.IntType(16), BYTES // 2), ir.VectorType(i32, LANES)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -106,10 +108,10 @@ def _sum_looked_up(
         zero = constant(word, 0)
         # [part][low or high byte][both pixels, the upper one]
         totals = [[[cgutils.alloca_once_value(builder, zero) for _ in "bu"] for _ in "lh"] for _ in parts]
-        with cgutils.for_range(builder, args[7], intp=i64) as loop:
-            row_at = builder.gep(table_at, [builder.load(builder.gep(entries_at, [loop.index]))])
+        with cgutils.for_range_slice(builder, args[7], args[8], i64(1), intp=i64) as (tap, _count):
+            row_at = builder.gep(table_at, [builder.load(builder.gep(entries_at, [tap]))])
             quarters = [_load(builder, row_at, k) for k in range(8)]
-            from_at = builder.gep(codes_at, [builder.load(builder.gep(shifts_at, [loop.index]))])
+            from_at = builder.gep(codes_at, [builder.load(builder.gep(shifts_at, [tap]))])
             for part in parts:
                 code = _load(builder, from_at, part)
                 for half in (0, 1):
@@ -119,7 +121,7 @@ def _sum_looked_up(
                         totals[part][half], (both, builder.lshr(both, constant(word, 8))), strict=True
                     ):
                         builder.store(builder.add(builder.load(total), value), total)
-        bias_value, scale_value = (_splat(builder, args[i], sums) for i in (9, 10))
+        bias_value, scale_value = (_splat(builder, args[i], sums) for i in (10, 11))
         for part in parts:
             low, high = (
                 [
@@ -138,7 +140,7 @@ def _sum_looked_up(
             rows = [_unpack(builder, even[k], odd[k], side) for k in (0, 1) for side in (False, True)]
             for k, found in enumerate(_transpose_quarters(builder, rows)):
                 to = vector_at(builder, builder.gep(acc_at, [i64(BYTES * part + LANES * k)]), sums)
-                before = builder.select(args[8], bias_value, builder.load(to, align=4))
+                before = builder.select(args[9], bias_value, builder.load(to, align=4))
                 builder.store(builder.add(before, builder.shl(found, scale_value)), to, align=4)
         return context.get_dummy_value()
 
@@ -151,7 +153,7 @@ def _byte_planes(table: Tensor) -> np.ndarray:
     known = prepare(table)
     entries = known.columns.numpy().astype(np.int64) + (known.offset - known.low)
     planes = entries.astype("<u4").view(np.uint8).reshape(CODES, CODES, 4)[..., : known.rows.itemsize]
-    return np.ascontiguousarray(planes.transpose(0, 2, 1))
+    return torch.from_numpy(planes).transpose(1, 2).contiguous().numpy()  # torch's memory begins at a cache line
 
 
 def _pick(reach: int) -> Any:
@@ -315,7 +317,8 @@ def shuffled_block(
         size[1], steps[1], stride_w, padding[1], phases[1], pitch[1], steps[0] * stride_h, columns, picks, keep
     )  # fmt: skip
     entries = np.empty(taps, np.int64)
-    acc = np.empty(((band - 1) * pitch[1] + out_w + RUN - 1) // RUN * RUN, np.int32)
+    acc = np.empty(((band - 1) * pitch[1] + out_w + RUN - 1) // RUN * RUN + LANES, np.int32)
+    acc = acc[-acc.ctypes.data % BYTES // 4 :]  # stores across cache lines take twice as long
     images = image_range[1] - image_range[0]
     all_rows = (images - 1) * pitch[0] + out_h
     for first_channel in range(channel_range[0], channel_range[1], LANES):
@@ -338,7 +341,7 @@ def shuffled_block(
                     for tap in range(0, taps, MAX_TAPS):
                         for j in range(0, (some_rows - 1) * pitch[1] + out_w, RUN):
                             _sum_looked_up(
-                                acc, j, planes, start + j, shifts[tap:], table, entries[tap:], min(MAX_TAPS, taps - tap),
+                                acc, j, planes, start + j, shifts, table, entries, tap, min(tap + MAX_TAPS, taps),
                                 pair == 0 and tap == 0, bias, np.int32(16 * pair)
                             )  # fmt: skip
                 for image in range(images):
@@ -395,4 +398,4 @@ def plan(
         band + more,
         phase,
     )
-    return arguments, LANES * len(phases_h) * len(phases_w) * phase + 4 * run
+    return arguments, LANES * len(phases_h) * len(phases_w) * phase + 4 * (run + LANES)
