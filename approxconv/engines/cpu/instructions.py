@@ -252,6 +252,44 @@ def interleave(_: Any, target: Any, at: Any, source: Any, first: Any, second: An
 
 
 @intrinsic
+def spread(
+    _: Any, path: Any, target: Any, at: Any, source: Any, start: Any, begins: Any, places: Any, first: Any, count: Any,
+    pad: Any,
+) -> Any:  # fmt: skip
+    """``target[at + 64i + j] = source[start + begins[first + i] + places[first + i][j]]``, or `pad` where that is 128.
+
+    For j < 64, i < count, places below 64; only a path that permutes does it. 64 bytes from each begin are read.
+    """
+    integer = types.int64
+    signature = types.void(
+        path, target, integer, source, integer, begins, places, integer, integer, types.uint8
+    )
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not path.instance_class.permutes:
+            return context.get_dummy_value()
+        bytes_type = ir.VectorType(i8, BYTES)
+        permute = _declared(builder, "llvm.x86.avx512.permvar.qi.512", bytes_type, [bytes_type] * 2)
+        target_at = builder.gep(data_of(context, builder, sig.args[1], args[1]), [args[2]])
+        source_at = builder.gep(data_of(context, builder, sig.args[3], args[3]), [args[4]])
+        begins_at = builder.gep(data_of(context, builder, sig.args[5], args[5]), [args[7]])
+        places_at = data_of(context, builder, sig.args[6], args[6])
+        places_at = builder.gep(places_at, [builder.mul(args[7], i64(BYTES))])
+        pads = _splat(builder, args[9], BYTES)
+        with cgutils.for_range(builder, args[8]) as loop:
+            far = builder.mul(loop.index, i64(BYTES))
+            come = builder.gep(source_at, [builder.load(builder.gep(begins_at, [loop.index]))])
+            places_here = builder.load(vector_at(builder, builder.gep(places_at, [far]), bytes_type), align=1)
+            found = builder.call(permute, [builder.load(vector_at(builder, come, bytes_type), align=1), places_here])
+            padded = builder.icmp_signed("<", places_here, ir.Constant(bytes_type, [0] * BYTES))
+            to = vector_at(builder, builder.gep(target_at, [far]), bytes_type)
+            builder.store(builder.select(padded, pads, found), to, align=1)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
 def add_quads(_: Any, path: Any, sums: Any, source: Any, start: Any, count: Any) -> Any:
     """``sums[j] += Σ_{i<count} Σ_{t<4} source[start + 64i + 4j + t]`` for j < 16: unsigned bytes to int32 sums."""
     signature = types.void(path, sums, source, types.int64, types.int64)
