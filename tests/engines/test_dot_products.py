@@ -175,7 +175,9 @@ def test_sums_wrap_and_products_do_not_saturate(path):
 def test_the_self_test(path, monkeypatch):
     usable.cache_clear()
     assert usable(path)
-    monkeypatch.setattr(dot_products, "_matmul", lambda x, w, form, path: torch.zeros(len(x), len(w), dtype=torch.int32))
+    monkeypatch.setattr(
+        dot_products, "_matmul", lambda x, w, form, path: torch.zeros(len(x), len(w), dtype=torch.int32)
+    )
     usable.cache_clear()
     assert not usable(path)
     usable.cache_clear()

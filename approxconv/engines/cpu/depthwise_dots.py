@@ -208,7 +208,8 @@ def form_dwconv2d(
     workers = min(torch.get_num_threads(), SCRATCH // worker_bytes)
     blocks = -(-channels // LANES)
     channel_ranges = [
-        (LANES * first, min(LANES * last, channels)) for first, last in even_ranges(blocks, min(blocks, 4 * workers if workers > 1 else 1))
+        (LANES * first, min(LANES * last, channels))
+        for first, last in even_ranges(blocks, min(blocks, 4 * workers if workers > 1 else 1))
     ]
     image_ranges = even_ranges(batch, min(batch, -(-workers // len(channel_ranges))))
     common = (

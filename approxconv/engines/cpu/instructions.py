@@ -102,20 +102,21 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
 def _dot_tile(vectors: int) -> Any:
     """Intrinsic: add the dot products of some rows' features and 16·`vectors` lanes' weights to a tile of sums.
 
-    ``acc[at + (m·vectors + n)·16 + lane] += Σ u·v`` for as many rows m as the path keeps in registers. Row m's features
-    begin at ``rows[row + m]`` plus the offset of a piece; piece i is ``(offset, count of quads)``. The weights of all
+    ``acc[at + (m·vectors + n)·16 + lane] = begin[start + m·stride + 16·n + lane] + more[row + m] + Σ u·v`` for as many
+    rows m as the path keeps in registers. Row m's features begin at ``rows[row + m]`` plus the offset of a piece; piece i is ``(offset, count of quads)``. The weights of all
     pieces are one run from `weight` on, ``[quad][n][lane][4]``.
     """
 
     @intrinsic
     def dot_tile(
-        _: Any, path: Any, acc: Any, at: Any, features: Any, rows: Any, row: Any, pieces: Any, first: Any, last: Any,
-        weights: Any, weight: Any,
+        _: Any, path: Any, acc: Any, at: Any, begin: Any, start: Any, stride: Any, more: Any, features: Any, rows: Any,
+        row: Any, pieces: Any, first: Any, last: Any, weights: Any, weight: Any,
     ) -> Any:  # fmt: skip
         integer = types.int64
         signature = types.void(
-            path, acc, integer, features, rows, integer, pieces, integer, integer, weights, integer
-        )
+            path, acc, integer, begin, integer, integer, more, features, rows, integer, pieces, integer, integer,
+            weights, integer
+        )  # fmt: skip
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             width = path.instance_class.width
@@ -123,24 +124,28 @@ def _dot_tile(vectors: int) -> Any:
                 return context.get_dummy_value()
             height, parts = path.instance_class.rows[vectors - 1], vectors * LANES // width
             sum_type, byte_type = ir.VectorType(i32, width), ir.VectorType(i8, QUAD * width)
-            acc_at, features_at, rows_at, pieces_at, weights_at = (
-                data_of(context, builder, sig.args[i], args[i]) for i in (1, 3, 4, 6, 9)
+            acc_at, begin_at, more_at, features_at, rows_at, pieces_at, weights_at = (
+                data_of(context, builder, sig.args[i], args[i]) for i in (1, 3, 6, 7, 8, 10, 13)
             )
-            acc_at = builder.gep(acc_at, [args[2]])
-            rows_at = builder.gep(rows_at, [args[5]])
-            starts = [
-                builder.gep(features_at, [builder.load(builder.gep(rows_at, [i64(m)]))]) for m in range(height)
-            ]
+            acc_at, begin_at = builder.gep(acc_at, [args[2]]), builder.gep(begin_at, [args[4]])
+            more_at, rows_at = builder.gep(more_at, [args[9]]), builder.gep(rows_at, [args[9]])
+            starts = [builder.gep(features_at, [builder.load(builder.gep(rows_at, [i64(m)]))]) for m in range(height)]
             places = [
-                [vector_at(builder, builder.gep(acc_at, [i64((m * parts + n) * width)]), sum_type) for n in range(parts)]
+                [
+                    vector_at(builder, builder.gep(acc_at, [i64((m * parts + n) * width)]), sum_type)
+                    for n in range(parts)
+                ]
                 for m in range(height)
             ]
             sums = [[cgutils.alloca_once(builder, sum_type) for _ in range(parts)] for _ in range(height)]
             for m in range(height):
+                added = _splat(builder, builder.load(builder.gep(more_at, [i64(m)])), width)
+                row_at = builder.gep(begin_at, [builder.mul(args[5], i64(m))])
                 for n in range(parts):
-                    builder.store(builder.load(places[m][n], align=4), sums[m][n])
-            weight_at = cgutils.alloca_once_value(builder, builder.gep(weights_at, [args[10]]))
-            with cgutils.for_range_slice(builder, args[7], args[8], i64(1)) as (piece, _):
+                    come = vector_at(builder, builder.gep(row_at, [i64(n * width)]), sum_type)
+                    builder.store(builder.add(builder.load(come, align=4), added), sums[m][n])
+            weight_at = cgutils.alloca_once_value(builder, builder.gep(weights_at, [args[14]]))
+            with cgutils.for_range_slice(builder, args[11], args[12], i64(1)) as (piece, _):
                 piece_at = builder.gep(pieces_at, [builder.mul(piece, i64(2))])
                 offset, count = builder.load(piece_at), builder.load(builder.gep(piece_at, [i64(1)]))
                 froms = [builder.gep(start, [offset]) for start in starts]
@@ -174,8 +179,7 @@ dot_tile_1, dot_tile_2, dot_tile_3, dot_tile_4 = (_dot_tile(n) for n in (1, 2, 3
 def _look_up_by_permuting(builder: Any, table_at: Any, find: Any, count: Any) -> None:
     bytes_type = ir.VectorType(i8, BYTES)
     quarters = [
-        builder.load(vector_at(builder, builder.gep(table_at, [i64(i * BYTES)]), bytes_type), align=1)
-        for i in range(4)
+        builder.load(vector_at(builder, builder.gep(table_at, [i64(i * BYTES)]), bytes_type), align=1) for i in range(4)
     ]
     permute = _declared(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_type, [bytes_type] * 3)
     with cgutils.for_range(builder, count) as loop:
@@ -261,9 +265,7 @@ def spread(
     For j < 64, i < count, places below 64; only a path that permutes does it. 64 bytes from each begin are read.
     """
     integer = types.int64
-    signature = types.void(
-        path, target, integer, source, integer, begins, places, integer, integer, types.uint8
-    )
+    signature = types.void(path, target, integer, source, integer, begins, places, integer, integer, types.uint8)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if not path.instance_class.permutes:
