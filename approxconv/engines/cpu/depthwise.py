@@ -236,9 +236,7 @@ def lut_dwconv2d(
     y = torch.empty(batch, w.shape[0], out_h, out_w, dtype=torch.int32)
     if shuffles.SHUFFLES:
         block = shuffles.shuffled_block
-        common, worker_bytes = shuffles.plan(
-            x, w.contiguous().view(-1).numpy(), table, kernel, geometry, pad_code, y
-        )
+        common, worker_bytes = shuffles.plan(x, w.contiguous().view(-1).numpy(), table, kernel, geometry, pad_code, y)
     else:
         block = _depthwise_block
         band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))

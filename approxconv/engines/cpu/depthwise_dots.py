@@ -16,9 +16,12 @@ from ...geometry import conv_output_size
 from ..byte_form import ByteForm
 from .depthwise import MAX_PLANE, PLANE, fill_planes
 from .dot_products import best, form_conv2d, prepared
-from .instructions import BYTES, PATHS, QUAD, STRIPS, dot_strips, dot_strips_apart, look_up
+from .instructions import BYTES, PATHS, QUAD, STRIPS, dot_strips, dot_strips_apart, look_up, spread
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, copy, jit
+
+
+_FEATURES = 3 * 2**13  # bytes of features that stay in the first-level cache
 
 
 @jit
@@ -39,8 +42,28 @@ def _pack_taps(packed, at, w, start, w_row, w_col, kernel, v, products, digit_co
 
 
 @jit
+def _plan_spread(begins, places, chunks, first_row, rows, cols, size, pad_w):
+    """Where the bytes of a padded band lie in an image plane without gaps, 64 at a time; 128 if they are padding."""
+    height, width = size
+    for i in range(chunks):
+        begins[i] = 0
+        found = False
+        for j in range(BYTES):
+            e = i * BYTES + j
+            row, col = first_row + e // cols, e % cols - pad_w
+            if e < rows * cols and 0 <= row < height and 0 <= col < width:
+                at = row * width + col
+                if not found:
+                    begins[i] = at
+                    found = True
+                places[i, j] = at - begins[i]
+            else:
+                places[i, j] = 128
+
+
+@jit
 def _block(
-    path, by_pattern, x, x_strides, size, kernel, geometry, pad_code, w, w_strides, multiplier, u, v, digits, digit_count,
+    path, permutes, x, x_strides, size, kernel, geometry, pad_code, w, w_strides, multiplier, u, v, digits, digit_count,
     columns, base, out, out_size, all_channels, band, plane_size, pattern, image_range, channel_range
 ):  # fmt: skip
     """One task: some images, some channels, 16 at a time."""
@@ -50,14 +73,16 @@ def _block(
     kh, kw = kernel
     out_h, out_w = out_size
     cols = plane_size[1]
-    plane = (plane_size[0] * cols + LANES - 1) // LANES * LANES
+    chunks = (plane_size[0] * cols + BYTES - 1) // BYTES
+    plane = chunks * BYTES
     products = len(u) // CODES
     total = products + digit_count
     dense = step_h == 1 and step_w == 1
     acc_cols = cols if dense else (out_w + LANES - 1) // LANES * LANES
     # Strips, windows and lookups run over the end.
     over = STRIPS * LANES * step_w + STRIPS * step_h * cols + 4 * BYTES
-    pitch = plane + over
+    at_once = max(1, min(LANES, _FEATURES // max(1, total * plane)))
+    pitch = at_once * plane + over
     planes = np.empty(LANES * plane + over, np.uint8)
     features = np.zeros(total * pitch, np.uint8)
     acc = np.zeros((band + STRIPS) * acc_cols + STRIPS * LANES, np.int32)
@@ -74,6 +99,14 @@ def _block(
             for q in range(quads):
                 offsets[n] = p * pitch + r * dil_h * cols + q * QUAD * dil_w
                 n += 1
+    bands = (out_h + band - 1) // band
+    gapless = permutes and stride_w == 1 and stride_h == size[1]
+    begins, places = np.empty(bands * chunks, np.int64), np.empty((bands * chunks, BYTES), np.uint8)
+    for i in range(bands if gapless else 0):
+        _plan_spread(
+            begins[i * chunks :], places[i * chunks :], chunks, i * band * step_h - pad_h, plane_size[0], cols, size, pad_w
+        )  # fmt: skip
+    last_begin = max(0, size[0] * size[1] - 1) + BYTES
     for first_channel in range(channel_range[0], channel_range[1], LANES):
         channels = min(LANES, channel_range[1] - first_channel)
         for i in range(channels * multiplier):
@@ -88,27 +121,36 @@ def _block(
             for out_row in range(0, out_h, band):
                 out_rows = min(band, out_h - out_row)
                 rows = (out_rows - 1) * step_h + dil_h * (kh - 1) + 1
-                fill_planes(
-                    planes, plane, x, image * stride_image + first_channel * stride_c, channels,
-                    (stride_c, stride_h, stride_w), out_row * step_h - pad_h, size,
-                    rows, cols, pad_w, pad_code, transposing
-                )  # fmt: skip
+                begin = image * stride_image + first_channel * stride_c
+                if gapless and begin + (channels - 1) * stride_c + last_begin <= len(x):
+                    for c in range(channels):
+                        spread(
+                            path, planes, c * plane, x, begin + c * stride_c, begins, places, out_row // band * chunks,
+                            (rows * cols + BYTES - 1) // BYTES, pad_code
+                        )  # fmt: skip
+                else:
+                    fill_planes(
+                        planes, plane, x, begin, channels, (stride_c, stride_h, stride_w), out_row * step_h - pad_h, size,
+                        rows, cols, pad_w, pad_code, transposing
+                    )  # fmt: skip
                 count = (out_rows - 1) * cols + out_w if dense else out_w
                 # With unit strides a plane is one row, else strips lie below each other.
                 deep, strip, acc_strip = (1, LANES, LANES) if dense else (out_rows, step_h * cols, acc_cols)
                 across = STRIPS * LANES if dense else LANES
                 for c in range(channels):
-                    chunks = (rows * cols + BYTES - 1) // BYTES
-                    for d in range(digit_count):
-                        look_up(path, features, d * pitch, BYTES, digits, d * CODES, planes, c * plane, chunks)
-                    for p in range(products):
-                        at = (digit_count + p) * pitch
-                        look_up(path, features, at, BYTES, u, p * CODES, planes, c * plane, chunks)
+                    if c % at_once == 0:
+                        come, count_of = c * plane, min(at_once, channels - c) * chunks
+                        for d in range(digit_count):
+                            look_up(path, features, d * pitch, BYTES, digits, d * CODES, planes, come, count_of)
+                        for p in range(products):
+                            at = (digit_count + p) * pitch
+                            look_up(path, features, at, BYTES, u, p * CODES, planes, come, count_of)
                     for q in range(multiplier):
                         i = c * multiplier + q
                         for j in range(0, count, across):
                             for k in range(0, deep, STRIPS):
-                                at, begin = k * acc_cols + j, k * step_h * cols + j * step_w
+                                at = k * acc_cols + j
+                                begin = c % at_once * plane + k * step_h * cols + j * step_w
                                 for d in range(digit_count + 1):
                                     # Horner's rule, from by_row's highest digit down; then the products.
                                     last = d == digit_count
@@ -116,7 +158,7 @@ def _block(
                                     start = starts[i] if last else np.int32(0)
                                     piece = (d if last else digit_count - 1 - d) * row_pieces
                                     end = pieces if last else piece + row_pieces
-                                    if step_w == 1 or by_pattern:
+                                    if step_w == 1 or permutes:
                                         dot_strips(
                                             path, acc, at, acc_strip, scale, start, features, begin, strip, dil_w,
                                             pattern, offsets, packed, i * pieces, piece, end
@@ -146,7 +188,8 @@ def form_dwconv2d(
     out_h, out_w = conv_output_size(size, kernel, stride, padding, dilation)
     path = PATHS[best()]
     reach = dilation[0] * (kernel[0] - 1) + 1
-    cols = (out_w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
+    # At least the image's own: what `spread` takes from 64 bytes then lies within 64.
+    cols = max(size[1], (out_w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1)
     lane, tap = np.divmod(np.arange(BYTES), QUAD)
     places = lane * stride[1] + np.minimum(tap, kernel[1] - 1) * dilation[1]
     far = places.max() >= BYTES if path.permutes else stride[1] > 2
@@ -156,7 +199,8 @@ def form_dwconv2d(
     band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
     plane = ((band - 1) * stride[0] + reach) * cols
     over = STRIPS * LANES * stride[1] + STRIPS * stride[0] * cols + 5 * BYTES
-    worker_bytes = (LANES + total) * (plane + over) + 4 * (band + STRIPS) * (cols + LANES)
+    worker_bytes = (LANES + total) * (plane + BYTES + over) + max(_FEATURES, total * plane)
+    worker_bytes += 73 * (-(-out_h // band) * (plane // BYTES + 1)) + 4 * (band + STRIPS) * (cols + LANES)
     worker_bytes += pieces * (8 + 4 * LANES * multiplier)
     if reach * cols > MAX_PLANE or far or worker_bytes > SCRATCH:
         return form_conv2d(x, w, form, stride, padding, dilation, channels, pad_code)
@@ -164,7 +208,8 @@ def form_dwconv2d(
     workers = min(torch.get_num_threads(), SCRATCH // worker_bytes)
     blocks = -(-channels // LANES)
     channel_ranges = [
-        (LANES * first, min(LANES * last, channels)) for first, last in even_ranges(blocks, min(blocks, 4 * workers))
+        (LANES * first, min(LANES * last, channels))
+        for first, last in even_ranges(blocks, min(blocks, 4 * workers if workers > 1 else 1))
     ]
     image_ranges = even_ranges(batch, min(batch, -(-workers // len(channel_ranges))))
     common = (

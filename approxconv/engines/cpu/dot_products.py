@@ -235,7 +235,7 @@ def _block(
     codes = np.empty(rows * cols * depth + _SLACK, np.uint8)
     looked = np.empty((digit_count, cols * depth + _SLACK), np.uint8)
     sums = np.empty(images * rows * cols if digit_count else 1, np.int32)
-    sum_of = np.zeros(count, np.int32)
+    sum_of, nothing = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
     acc_buffer = np.empty((padded * len(heights) + 2) * LANES, np.int32)
     acc = acc_buffer[(-acc_buffer.ctypes.data % BYTES) // 4 :]
     tile = np.empty(LANES * LANES, np.int32)
@@ -302,29 +302,40 @@ def _block(
         height = heights[width - 1]
         vector = group * vectors + tiles[t] - first_vector
         wide = width * LANES
-        begin = starts[vector * LANES :][:wide]
-        for i in range(count):
-            row = acc[i * wide :][:wide]
-            for j in range(wide):
-                row[j] = begin[j] + sum_of[i]
-        for k in range(n_passes):
-            first, last = passes[k, 0], passes[k + 1, 0]
+        for k in range(max(1, n_passes)):
+            first, last = passes[k, 0], passes[min(k + 1, n_passes), 0]
+            # The first pass begins with the numbers by column and row, the others with the sums so far.
+            begin, begin_at, stride, more = (starts, vector * LANES, 0, sum_of) if k == 0 else (acc, 0, wide, nothing)
             at = vector * quad * BYTES + passes[k, 1] * width * BYTES
             for i in range(0, count, height):
                 if width == 1:
-                    dot_tile_1(path, acc, i * wide, features, from_row, i, pieces, first, last, weights, at)
+                    dot_tile_1(
+                        path, acc, i * wide, begin, begin_at + i * stride, stride, more, features, from_row, i, pieces,
+                        first, last, weights, at
+                    )  # fmt: skip
                 elif width == 2:
-                    dot_tile_2(path, acc, i * wide, features, from_row, i, pieces, first, last, weights, at)
+                    dot_tile_2(
+                        path, acc, i * wide, begin, begin_at + i * stride, stride, more, features, from_row, i, pieces,
+                        first, last, weights, at
+                    )  # fmt: skip
                 elif width == 3:
-                    dot_tile_3(path, acc, i * wide, features, from_row, i, pieces, first, last, weights, at)
+                    dot_tile_3(
+                        path, acc, i * wide, begin, begin_at + i * stride, stride, more, features, from_row, i, pieces,
+                        first, last, weights, at
+                    )  # fmt: skip
                 else:
-                    dot_tile_4(path, acc, i * wide, features, from_row, i, pieces, first, last, weights, at)
+                    dot_tile_4(
+                        path, acc, i * wide, begin, begin_at + i * stride, stride, more, features, from_row, i, pieces,
+                        first, last, weights, at
+                    )  # fmt: skip
         for n in range(width):
             lane = (tiles[t] + n) * LANES
-            flush_tile(
-                out, to_row, group * out_group + lane * out_lane, out_lane, acc, n * LANES, wide, count,
-                min(LANES, lanes - lane), not accumulate, tile, offsets
-            )  # fmt: skip
+            each = out_rows_n * out_cols
+            for image in range(images):
+                flush_tile(
+                    out, to_row[image * each :], group * out_group + lane * out_lane, out_lane, acc,
+                    image * each * wide + n * LANES, wide, each, min(LANES, lanes - lane), not accumulate, tile, offsets
+                )  # fmt: skip
 
 
 @lru_cache(maxsize=64)

@@ -102,18 +102,21 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
 def _dot_tile(vectors: int) -> Any:
     """Intrinsic: add the dot products of some rows' features and 16·`vectors` lanes' weights to a tile of sums.
 
-    ``acc[at + (m·vectors + n)·16 + lane] += Σ u·v`` for as many rows m as the path keeps in registers. Row m's features
-    begin at ``rows[row + m]`` plus the offset of a piece; piece i is ``(offset, count of quads)``. The weights of all
+    ``acc[at + (m·vectors + n)·16 + lane] = begin[start + m·stride + 16·n + lane] + more[row + m] + Σ u·v`` for as many
+    rows m as the path keeps in registers. Row m's features begin at ``rows[row + m]`` plus the offset of a piece; piece i is ``(offset, count of quads)``. The weights of all
     pieces are one run from `weight` on, ``[quad][n][lane][4]``.
     """
 
     @intrinsic
     def dot_tile(
-        _: Any, path: Any, acc: Any, at: Any, features: Any, rows: Any, row: Any, pieces: Any, first: Any, last: Any,
-        weights: Any, weight: Any,
+        _: Any, path: Any, acc: Any, at: Any, begin: Any, start: Any, stride: Any, more: Any, features: Any, rows: Any,
+        row: Any, pieces: Any, first: Any, last: Any, weights: Any, weight: Any,
     ) -> Any:  # fmt: skip
         integer = types.int64
-        signature = types.void(path, acc, integer, features, rows, integer, pieces, integer, integer, weights, integer)
+        signature = types.void(
+            path, acc, integer, begin, integer, integer, more, features, rows, integer, pieces, integer, integer,
+            weights, integer
+        )  # fmt: skip
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             width = path.instance_class.width
@@ -121,11 +124,11 @@ def _dot_tile(vectors: int) -> Any:
                 return context.get_dummy_value()
             height, parts = path.instance_class.rows[vectors - 1], vectors * LANES // width
             sum_type, byte_type = ir.VectorType(i32, width), ir.VectorType(i8, QUAD * width)
-            acc_at, features_at, rows_at, pieces_at, weights_at = (
-                data_of(context, builder, sig.args[i], args[i]) for i in (1, 3, 4, 6, 9)
+            acc_at, begin_at, more_at, features_at, rows_at, pieces_at, weights_at = (
+                data_of(context, builder, sig.args[i], args[i]) for i in (1, 3, 6, 7, 8, 10, 13)
             )
-            acc_at = builder.gep(acc_at, [args[2]])
-            rows_at = builder.gep(rows_at, [args[5]])
+            acc_at, begin_at = builder.gep(acc_at, [args[2]]), builder.gep(begin_at, [args[4]])
+            more_at, rows_at = builder.gep(more_at, [args[9]]), builder.gep(rows_at, [args[9]])
             starts = [builder.gep(features_at, [builder.load(builder.gep(rows_at, [i64(m)]))]) for m in range(height)]
             places = [
                 [
@@ -136,10 +139,13 @@ def _dot_tile(vectors: int) -> Any:
             ]
             sums = [[cgutils.alloca_once(builder, sum_type) for _ in range(parts)] for _ in range(height)]
             for m in range(height):
+                added = _splat(builder, builder.load(builder.gep(more_at, [i64(m)])), width)
+                row_at = builder.gep(begin_at, [builder.mul(args[5], i64(m))])
                 for n in range(parts):
-                    builder.store(builder.load(places[m][n], align=4), sums[m][n])
-            weight_at = cgutils.alloca_once_value(builder, builder.gep(weights_at, [args[10]]))
-            with cgutils.for_range_slice(builder, args[7], args[8], i64(1)) as (piece, _):
+                    come = vector_at(builder, builder.gep(row_at, [i64(n * width)]), sum_type)
+                    builder.store(builder.add(builder.load(come, align=4), added), sums[m][n])
+            weight_at = cgutils.alloca_once_value(builder, builder.gep(weights_at, [args[14]]))
+            with cgutils.for_range_slice(builder, args[11], args[12], i64(1)) as (piece, _):
                 piece_at = builder.gep(pieces_at, [builder.mul(piece, i64(2))])
                 offset, count = builder.load(piece_at), builder.load(builder.gep(piece_at, [i64(1)]))
                 froms = [builder.gep(start, [offset]) for start in starts]
@@ -244,6 +250,42 @@ def interleave(_: Any, target: Any, at: Any, source: Any, first: Any, second: An
         quads = _quads(builder, rows)
         to = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
         builder.store(quads, vector_at(builder, to, quads.type), align=1)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def spread(
+    _: Any, path: Any, target: Any, at: Any, source: Any, start: Any, begins: Any, places: Any, first: Any, count: Any,
+    pad: Any,
+) -> Any:  # fmt: skip
+    """``target[at + 64i + j] = source[start + begins[first + i] + places[first + i][j]]``, or `pad` where that is 128.
+
+    For j < 64, i < count, places below 64; only a path that permutes does it. 64 bytes from each begin are read.
+    """
+    integer = types.int64
+    signature = types.void(path, target, integer, source, integer, begins, places, integer, integer, types.uint8)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if not path.instance_class.permutes:
+            return context.get_dummy_value()
+        bytes_type = ir.VectorType(i8, BYTES)
+        permute = _declared(builder, "llvm.x86.avx512.permvar.qi.512", bytes_type, [bytes_type] * 2)
+        target_at = builder.gep(data_of(context, builder, sig.args[1], args[1]), [args[2]])
+        source_at = builder.gep(data_of(context, builder, sig.args[3], args[3]), [args[4]])
+        begins_at = builder.gep(data_of(context, builder, sig.args[5], args[5]), [args[7]])
+        places_at = data_of(context, builder, sig.args[6], args[6])
+        places_at = builder.gep(places_at, [builder.mul(args[7], i64(BYTES))])
+        pads = _splat(builder, args[9], BYTES)
+        with cgutils.for_range(builder, args[8]) as loop:
+            far = builder.mul(loop.index, i64(BYTES))
+            come = builder.gep(source_at, [builder.load(builder.gep(begins_at, [loop.index]))])
+            places_here = builder.load(vector_at(builder, builder.gep(places_at, [far]), bytes_type), align=1)
+            found = builder.call(permute, [builder.load(vector_at(builder, come, bytes_type), align=1), places_here])
+            padded = builder.icmp_signed("<", places_here, ir.Constant(bytes_type, [0] * BYTES))
+            to = vector_at(builder, builder.gep(target_at, [far]), bytes_type)
+            builder.store(builder.select(padded, pads, found), to, align=1)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -114,10 +114,14 @@ def flush_tile(out, out_rows, lane_at, lane_stride, acc, acc_at, row_stride, row
         return
     for j in range(LANES):
         offsets[j] = j * row_stride
-    for m0 in range(0, rows, LANES):
+    for m in range(0, rows, LANES):
+        m0 = max(0, min(m, rows - LANES)) if first else m  # what the last two tiles share is written twice
         count = min(LANES, rows - m0)
-        transpose(tile, 0, LANES, acc, offsets, acc_at + m0 * row_stride)
         contiguous = out_rows[m0 + count - 1] - out_rows[m0] == count - 1
+        if first and contiguous and count == LANES and lanes == LANES:
+            transpose(out, out_rows[m0] + lane_at, lane_stride, acc, offsets, acc_at + m0 * row_stride)
+            continue
+        transpose(tile, 0, LANES, acc, offsets, acc_at + m0 * row_stride)
         for j in range(lanes):
             if contiguous:
                 at = out_rows[m0] + lane_at + j * lane_stride

@@ -169,7 +169,8 @@ def _pick(reach: int) -> Any:
             target_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
             source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
             picks, keep = (
-                _load(builder, builder.gep(data_of(context, builder, sig.args[i], args[i]), [args[6]]), 0) for i in (4, 5)
+                _load(builder, builder.gep(data_of(context, builder, sig.args[i], args[i]), [args[6]]), 0)
+                for i in (4, 5)
             )
             found = _look_up(builder, [_load(builder, source_at, k) for k in range(reach // BYTES)], picks)
             kept = builder.icmp_unsigned("!=", keep, ir.Constant(_BYTE, None))
@@ -373,9 +374,7 @@ def plan(
     run = -(-((band - 1) * pitch[1] + out_w) // RUN) * RUN
     seen = run + more * pitch[1] + max(shift for _, shift in cols)
     phase = max(seen, (band + more) * pitch[1]) + BYTES
-    shifts = [
-        (ih * len(phases_w) + iw) * phase + row * pitch[1] + col for ih, row in rows for iw, col in cols
-    ]
+    shifts = [(ih * len(phases_w) + iw) * phase + row * pitch[1] + col for ih, row in rows for iw, col in cols]
     arguments = (
         flat(x),
         x.stride(),
