@@ -167,18 +167,21 @@ def images_of(first_row, out_size, kernel, geometry, image_stride, images, pixel
     """Cut output pixels ``first_row …`` into images, whose padded rows that the pixels see are stored in one buffer.
 
     Says of each image where it lies in x, its first padded row, how many, and the first pixel they take of the buffer;
-    of each output pixel, where the pixel that its first tap sees lies in the buffer. Returns the width of a padded row
-    and the pixels of the buffer.
+    of each output pixel, where the pixel that its first tap sees lies in the buffer. Returns the first padded column,
+    how many, and the pixels of the buffer: the columns are all, unless all output pixels lie in one row.
     """
     out_h, out_w = out_size
     step_h, step_w, _pad_h, _pad_w, dil_h, dil_w = geometry
-    width = (out_w - 1) * step_w + (kernel[1] - 1) * dil_w + 1
+    rows = len(pixels)
+    within = first_row // out_w == (first_row + rows - 1) // out_w
+    first_col = first_row % out_w if within else 0
+    width = ((rows if within else out_w) - 1) * step_w + (kernel[1] - 1) * dil_w + 1
     area = 0
-    m, rows = 0, len(pixels)
+    m = 0
     for i in range(len(images)):
         image = first_row // (out_h * out_w) + i
         top = (first_row + m) // out_w % out_h
-        left = (first_row + m) % out_w
+        left = (first_row + m) % out_w - first_col
         stop = min(rows, (image + 1) * out_h * out_w - first_row)
         start = area
         for pixel in range(left, left + stop - m):
@@ -188,15 +191,17 @@ def images_of(first_row, out_size, kernel, geometry, image_stride, images, pixel
         images[i, 0], images[i, 1], images[i, 3] = image * image_stride, top * step_h, start
         images[i, 2] = (bottom - top) * step_h + (kernel[0] - 1) * dil_h + 1
         area += images[i, 2] * width
-    return width, area
+    return first_col * step_w, width, area
 
 
 @jit
-def pack_pixels(packed, area, width, x, base, channels, strides, size, geometry, pad_code, images, offsets):
+def pack_pixels(packed, area, columns, x, base, channels, strides, size, geometry, pad_code, images, offsets):
     """Fill ``packed[c // 16, pixel, c % 16]`` with the codes of the pixels of `images_of`; c past the last are 0."""
     stride_c, stride_h, stride_w = strides
-    pad_h, pad_w = geometry[2], geometry[3]
-    lo, hi = min(pad_w, width), max(min(pad_w + size[1], width), min(pad_w, width))
+    width = columns[1]
+    pad_h, pad_w = geometry[2], geometry[3] - columns[0]  # negative where these columns begin within x
+    lo = min(max(pad_w, 0), width)
+    hi = max(min(pad_w + size[1], width), lo)
     for c in range(0, channels, STEPS):
         some = min(STEPS, channels - c)
         for j in range(STEPS):

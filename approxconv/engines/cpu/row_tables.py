@@ -296,7 +296,7 @@ def _block(
     pixels = np.empty(rows, np.int64)
     plane = out_size[0] * out_size[1]
     images = np.empty(((row_range[1] - 1) // plane - row_range[0] // plane + 1, 4), np.int64)
-    width, area = images_of(row_range[0], out_size, kernel, geometry, stride_image, images, pixels)
+    first_col, width, area = images_of(row_range[0], out_size, kernel, geometry, stride_image, images, pixels)
     most_blocks = budget // ((area + _OFFSET_BYTES * taps) * STEPS)
     direct = by_table and channels >= STEPS and area <= rows * taps and most_blocks > 0
     if direct:
@@ -318,8 +318,8 @@ def _block(
             base = group * x_group + c * stride_c
             if direct:
                 pack_pixels(
-                    packed, area, width, x, base, some, (stride_c, stride_h, stride_w), size, geometry, pad_code,
-                    images, offsets
+                    packed, area, (first_col, width), x, base, some, (stride_c, stride_h, stride_w), size, geometry,
+                    pad_code, images, offsets
                 )  # fmt: skip
                 count = -(-some // STEPS) * taps
                 filled = -(-some // STEPS) * STEPS * area
