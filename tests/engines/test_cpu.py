@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from approxconv.engines import cpu, reference
-from approxconv.engines.cpu import row_tables
+from approxconv.engines.cpu import row_tables, shuffles
 from approxconv.engines.cpu.depthwise import MAX_PLANE, PLANE
 from approxconv.engines.cpu.row_tables import BUILD_ROWS, FEW_STEPS, MAX_ROWS, MIN_ROWS, STEPS, TILE
+from approxconv.engines.cpu.shuffles import BAND, BYTES, CODES, MAX_TAPS, RUN
 
 # name: (lowest entry, highest entry, sides)
 RANGES = {
@@ -121,11 +122,13 @@ def oracle(operator, *arguments):
         torch.set_num_threads(threads)
 
 
-def check(operator, *arguments, label=""):
+def check(operator, *arguments, label="", ways=("",)):
+    """In all `ways`: an iterable that prepares each, and names it."""
     expected = oracle(operator, *arguments)
-    y = run(cpu, operator, *arguments)
-    assert (y.dtype, y.shape, y.is_contiguous()) == (torch.int32, expected.shape, True)
-    assert torch.equal(y, expected), label
+    for way in ways:
+        y = run(cpu, operator, *arguments)
+        assert (y.dtype, y.shape, y.is_contiguous()) == (torch.int32, expected.shape, True)
+        assert torch.equal(y, expected), f"{label} {way}"
 
 
 # Matrix products
@@ -355,6 +358,20 @@ DEPTHWISE = {  # batch, channels, size, kernel, stride, padding, dilation
     "strided_bands": (1, 2, (90, 61), (3, 3), (2, 2), (1, 1), (2, 1)),
     "a_row_a_band": (1, 1, (5, PLANE - 2), (3, 3), (1, 1), (1, 1), (1, 1)),
     "a_row_wider_than_a_band": (1, 2, (3, PLANE + 30), (2, 4), (1, 1), (0, 1), (1, 1)),
+    # Shuffles move as many rows at once as fill a vector, and as end within a table's length of each other.
+    "images_across_bands": (BAND // 64 + 2, 3, (7, 7), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "whole_channel_blocks": (3, 2 * LANES, (14, 14), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "rows_of_a_vector": (1, 3, (5, BYTES - 1), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rows_past_a_vector": (2, LANES, (5, BYTES), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rows_of_many_vectors": (2, 2, (4, 2 * RUN + 9), (3, 2), (1, 1), (1, 1), (1, 1)),
+    "strided_rows_of_a_vector": (2, 3, (9, 2 * BYTES - 1), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "strided_rows_past_a_vector": (2, 3, (9, 2 * BYTES + 1), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "stride_4": (2, 2, (9, CODES + 8), (3, 5), (4, 4), (1, 2), (1, 1)),
+    "stride_5": (2, 2, (11, CODES + 70), (3, 5), (5, 5), (1, 2), (1, 1)),
+    "rows_far_apart": (2, 2, (20, 31), (3, 3), (9, 2), (1, 1), (1, 1)),
+    "taps_128": (2, 2, (1, MAX_TAPS), (1, MAX_TAPS), (1, 1), (0, 5), (1, 1)),
+    "taps_129": (1, 2, (3, 9), (3, MAX_TAPS // 3 + 1), (1, 1), (0, MAX_TAPS // 6), (1, 1)),
+    "too_many_phases": (1, 1, (64, 50), (32, 25), (32, 25), (0, 0), (1, 1)),
 }
 WIDE = {  # one row of these reaches MAX_PLANE pixels, or one more
     "the_widest_row": (1, 2, (1, MAX_PLANE), (1, 3), (1, 1), (0, 0), (1, 1)),
@@ -365,25 +382,49 @@ WIDE = {  # one row of these reaches MAX_PLANE pixels, or one more
 }
 
 
-def check_dwconv2d(case, multiplier, table, pad_code, count):
+@pytest.fixture
+def both_ways(monkeypatch):
+    """By shuffles, where the CPU has them, and by row tables."""
+
+    def each():
+        for shuffled in {shuffles.SHUFFLES, False}:
+            with monkeypatch.context() as patch:
+                patch.setattr(shuffles, "SHUFFLES", shuffled)
+                yield "by shuffles" if shuffled else "by row tables"
+
+    return each
+
+
+def check_dwconv2d(case, multiplier, table, pad_code, count, both_ways):
     batch, channels, size, kernel, *geometry = case
     shapes = (batch, channels, *size), (channels * multiplier, 1, *kernel)
     for name, x, w in itertools.islice(layouts(torch.Generator().manual_seed(8), *shapes), count):
-        check("lut_dwconv2d", x, w, table, *geometry, pad_code, label=name)
+        check("lut_dwconv2d", x, w, table, *geometry, pad_code, label=name, ways=both_ways())
 
 
 @more_tables
 @pytest.mark.parametrize("multiplier", [1, 2, 3, 4, TILE + 1])
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
-def test_dwconv2d(case, multiplier, table):
-    check_dwconv2d(case, multiplier, table, 33, None)
+def test_dwconv2d(case, multiplier, table, both_ways):
+    check_dwconv2d(case, multiplier, table, 33, None, both_ways)
 
 
 @some_tables
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
-def test_dwconv2d_of_wide_rows(case, table):
-    check_dwconv2d(case, 1, table, 33, 2)
-    check_dwconv2d(case, 2, table, 33, 1)
+def test_dwconv2d_of_wide_rows(case, table, both_ways):
+    check_dwconv2d(case, 1, table, 33, 2, both_ways)
+    check_dwconv2d(case, 2, table, 33, 1, both_ways)
+
+
+@pytest.mark.parametrize("kernel", [(1, MAX_TAPS), (3, MAX_TAPS // 3 + 1), (19, 19)])
+@pytest.mark.parametrize("span", [2**16 - 1, 2**22 - 1])
+def test_dwconv2d_of_the_largest_sums(kernel, span, both_ways):
+    """All bytes of nearly all entries are 255."""
+    table = torch.full((256, 256), span, dtype=torch.int32)
+    table[7, 9] = 0
+    generator = torch.Generator().manual_seed(13)
+    x, w = codes(generator, 1, 2, 20, 2 * MAX_TAPS), codes(generator, 2, 1, *kernel)
+    check("lut_dwconv2d", x, w, table, (1, 1), (0, 0), (1, 1), 0, ways=both_ways())
 
 
 # Threads and processes

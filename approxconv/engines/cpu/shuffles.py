@@ -24,6 +24,7 @@ SHUFFLES = "+avx512vbmi" in cpu_target.target_context.codegen().magic_tuple()[2]
 BYTES = 64  # of a vector
 RUN = 2 * BYTES  # codes looked up together
 BAND = 4096  # codes of a channel that are looked up before their sums are written
+MAX_WORKER = 2**21  # bytes of scratch: very many phases would not fit the cache
 MAX_TAPS = 128  # so many bytes sum to less than 2¹⁵
 _BYTE = ir.VectorType(ir.IntType(8), BYTES)
 
@@ -85,12 +86,12 @@ def _sum_looked_up(
     """``acc[at + j] = (bias if first else acc[at + j]) + (Σ_t looked_up(t, j) << scale)``, j < RUN, tap ≤ t < taps.
 
     ``looked_up(t, j) = table[entries[t] + code] + 256·table[entries[t] + 256 + code]`` with
-    ``code = codes[start + shifts[t] + j]``. Two pixels share a 16-bit lane: of the sums of both and the sums of the upper
+    ``code = codes[start + shifts[t] + j]``. Two pixels share a 16-bit lane: of the sums of both and those of the upper
     one, both modulo 2¹⁶, the lower one's follow.
     """
     signature = types.void(
-        acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.int64, types.boolean, types.int32,
-        types.int32
+        acc, types.int64, codes, types.int64, shifts, table, entries, types.int64, types.int64, types.boolean,
+        types.int32, types.int32
     )  # fmt: skip
     word, sums = ir.VectorType(ir.IntType(16), BYTES // 2), ir.VectorType(i32, LANES)
 
@@ -204,7 +205,7 @@ _pick_64, _pick_256 = _pick(BYTES), _pick(CODES)
 
 @jit
 def _columns_of(width, step, stride_w, padding, phases, pitch, row_step, columns, picks, keep):
-    """Of each phase of the columns: first code and its column, count, how many rows one vector holds and their reach."""
+    """Of each phase: its first code, that one's offset in a row, count, how many rows a vector holds, their reach."""
     keep[:] = 0
     for i in range(len(phases)):
         left = max(0, (padding - phases[i] + step - 1) // step)
@@ -278,7 +279,8 @@ def _fill_phases(
                         continue
                     if by_pixel:
                         _fill_rows_of_16(
-                            planes, at, channel_size, pitch[1], x, start, row_step, step, n_rows, count, pad_code, offsets
+                            planes, at, channel_size, pitch[1], x, start, row_step, step, n_rows, count, pad_code,
+                            offsets
                         )  # fmt: skip
                     elif together == 0 or start + (n_rows - 1) * row_step + count * step + CODES > len(x):
                         _copy_rows(planes, at, pitch[1], x, start, row_step, step, n_rows, count)
@@ -300,8 +302,8 @@ def _fill_phases(
 
 @jit
 def shuffled_block(
-    x, x_strides, size, steps, padding, phases, pitch, pad_code, shifts, w, multiplier, table, pairs, bias, out, out_size,
-    all_channels, band, rows, phase_size, image_range, channel_range
+    x, x_strides, size, steps, padding, phases, pitch, pad_code, shifts, w, multiplier, table, pairs, bias, out,
+    out_size, all_channels, band, rows, phase_size, image_range, channel_range
 ):  # fmt: skip
     """One task: some images, some channels, 16 at a time; see `_sum_looked_up`.
 
@@ -360,21 +362,25 @@ def _phases(taps: int, stride: int, dilation: int) -> tuple[list[int], list[tupl
 
 
 def plan(
-    x: Tensor, w: np.ndarray, table: Tensor, kernel: Sequence[int], geometry: Sequence[int], pad_code: int, y: Tensor
-) -> tuple[tuple[Any, ...], int]:
-    """Arguments of `shuffled_block` without its ranges, and the bytes of scratch that a worker takes."""
+    x: Tensor, w: Tensor, table: Tensor, geometry: Sequence[int], pad_code: int, y: Tensor
+) -> tuple[Any, tuple[Any, ...], int] | None:
+    """The block to run, its arguments but its ranges, a worker's bytes of scratch; None where phases are too many."""
     _, channels, *size = x.shape
-    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+    kernel, stride, padding, dilation = w.shape[2:], geometry[:2], geometry[2:4], geometry[4:]
     known, table_bytes = prepare(table), _byte_planes(table)
     pitch = [-(-(pad + n) // step) for pad, n, step in zip(padding, size, stride, strict=True)]
     (phases_h, rows), (phases_w, cols) = (_phases(*axis) for axis in zip(kernel, stride, dilation, strict=True))
     out_h, out_w = y.shape[2:]
-    band = max(1, BAND // pitch[1])
+    phases = len(phases_h) * len(phases_w)
+    band = max(1, min(BAND, 4 * BAND // phases) // pitch[1])
     more = max(shift for _, shift in rows)
     run = -(-((band - 1) * pitch[1] + out_w) // RUN) * RUN
     seen = run + more * pitch[1] + max(shift for _, shift in cols)
     phase = max(seen, (band + more) * pitch[1]) + BYTES
     shifts = [(ih * len(phases_w) + iw) * phase + row * pitch[1] + col for ih, row in rows for iw, col in cols]
+    worker_bytes = LANES * phases * phase + 4 * (run + LANES)
+    if worker_bytes > MAX_WORKER:
+        return None
     arguments = (
         flat(x),
         x.stride(),
@@ -385,7 +391,7 @@ def plan(
         tuple(pitch),
         np.uint8(pad_code),
         np.array(shifts),
-        w,
+        w.contiguous().view(-1).numpy(),
         y.shape[1] // channels,
         table_bytes.reshape(-1),
         table_bytes.shape[1] // 2,
@@ -397,4 +403,4 @@ def plan(
         band + more,
         phase,
     )
-    return arguments, LANES * len(phases_h) * len(phases_w) * phase + 4 * (run + LANES)
+    return shuffled_block, arguments, worker_bytes
