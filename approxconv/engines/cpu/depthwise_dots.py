@@ -20,7 +20,6 @@ from .instructions import BYTES, PATHS, QUAD, STRIPS, dot_strips, dot_strips_apa
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, copy, jit
 
-
 _FEATURES = 3 * 2**13  # bytes of features that stay in the first-level cache
 
 

@@ -19,17 +19,16 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ..byte_form import ByteForm
-from . import instructions
 from .instructions import (
     BYTES,
     PATHS,
     QUAD,
+    add_quads,
     compiles,
     dot_tile_1,
     dot_tile_2,
     dot_tile_3,
     dot_tile_4,
-    add_quads,
     interleave,
     look_up,
 )
@@ -340,7 +339,7 @@ def _block(
 
 @lru_cache(maxsize=64)
 def prepared(form: ByteForm) -> tuple[Any, ...]:
-    """u and v flat; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
+    """U and v flat; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
 
     def digits(by_code: Tensor | None) -> tuple[tuple[np.ndarray, int], int]:
         values = np.zeros(CODES, np.int64) if by_code is None else by_code.numpy().astype(np.int64)
@@ -387,7 +386,7 @@ def _partial_sums(
         half = -(-channels // (2 * QUAD)) * QUAD
         for some in (slice(0, half), slice(half, None)):
             yield from _partial_sums(x[:, :, some], w[:, :, some], geometry, products, worker)
-    elif kh * dil_h >= kw * dil_w and kh > 1 or kw == 1:
+    elif (kh * dil_h >= kw * dil_w and kh > 1) or kw == 1:
         half = kh // 2
         for first, part in ((0, w[:, :, :, :half]), (half, w[:, :, :, half:])):
             shifted = (step_h, step_w, pad_h - first * dil_h, pad_w, dil_h, dil_w)
