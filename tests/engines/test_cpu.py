@@ -19,6 +19,7 @@ from approxconv.engines.cpu import row_tables, shuffles
 from approxconv.engines.cpu.depthwise import MAX_PLANE, PLANE
 from approxconv.engines.cpu.row_tables import BUILD_ROWS, FEW_STEPS, MAX_ROWS, MIN_ROWS, STEPS, TILE
 from approxconv.engines.cpu.shuffles import BAND, BYTES, CODES, MAX_TAPS, RUN
+from approxconv.engines.cpu.vectors import LANES
 
 # name: (lowest entry, highest entry, sides)
 RANGES = {
