@@ -4,6 +4,7 @@ from . import nn, operators
 from ._version import __version__
 from .diagnosis import doctor
 from .engines import EngineError, use_engine
+from .factorize import Factorization, factorize
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
@@ -13,6 +14,7 @@ from .zoo import get_multiplier, list_multipliers
 __all__ = [
     "CFunction",
     "EngineError",
+    "Factorization",
     "FormatError",
     "Multiplier",
     "__version__",
@@ -20,6 +22,7 @@ __all__ = [
     "calibrate",
     "compare",
     "doctor",
+    "factorize",
     "get_multiplier",
     "list_multipliers",
     "load_function",
