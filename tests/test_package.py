@@ -194,12 +194,9 @@ def test_extras_are_pinned():
 @pytest.mark.parametrize(
     "first",
     [
-        "import approxconv",
         "import approxconv.factorize",
         "from approxconv.factorize import Factorization",
         "import approxconv; approxconv.factorize; import approxconv.factorize",
-        "import importlib, approxconv; importlib.import_module('approxconv.factorize')",
-        "from approxconv import engines; from approxconv.engines import byte_form",
     ],
 )
 def test_factorize_is_the_function_however_its_module_is_imported(first):
