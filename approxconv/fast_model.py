@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .certificate import largest_partial_sums
 from .factorize import MOST_TERMS, factorize
-from .features import features
+from .features import device_for, features
 from .geometry import conv_output_size, pair
 from .multiplier import Multiplier
 from .operators.conv2d import to_codes
@@ -121,7 +121,7 @@ class FastModel:
                 raise ValueError(f"{name} must be floating, got {operand.dtype}")
         if x.device != w.device:
             raise ValueError(f"x and w must be on one device, got {x.device} and {w.device}")
-        device = x.device if x.device.type in _DIRECT else torch.device("cpu")
+        device = device_for(x)
         a, b = (
             _indices(operand, name, *bits_signed).to(device)
             for operand, name, bits_signed in zip((x, w), "xw", self._formats, strict=True)

@@ -25,3 +25,8 @@ def features(codes: Tensor, vectors: Tensor, dim: int) -> Tensor:
     """
     expanded = torch.nn.functional.embedding(codes.movedim(dim, -1).int(), vectors)
     return expanded.flatten(-2).movedim(-1, dim)
+
+
+def device_for(tensor: Tensor) -> torch.device:
+    """Where floats are computed with a proof: the CPU or a CUDA device; for tensors on any other, the CPU."""
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
