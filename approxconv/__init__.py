@@ -4,6 +4,7 @@ from . import nn, operators
 from ._version import __version__
 from .diagnosis import doctor
 from .engines import EngineError, use_engine
+from .explanation import Explanation, explain
 from .factorize import Factorization, factorize
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
@@ -14,6 +15,7 @@ from .zoo import get_multiplier, list_multipliers
 __all__ = [
     "CFunction",
     "EngineError",
+    "Explanation",
     "Factorization",
     "FormatError",
     "Multiplier",
@@ -22,6 +24,7 @@ __all__ = [
     "calibrate",
     "compare",
     "doctor",
+    "explain",
     "factorize",
     "get_multiplier",
     "list_multipliers",

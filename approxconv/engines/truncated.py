@@ -1,7 +1,7 @@
 """Approximate by choice: a table as the exact product and its error's largest terms, on float products.
 
-``"truncated:4"`` is this engine with four terms; without a number it has `RANK`. `approxconv.truncation.truncate` makes
-the approximation of a table, and its `error_bound` says how far off results can be. Scratch stays within 64 MiB.
+``"truncated:4"`` is ``with_rank(4)``, of four terms. `approxconv.truncation.truncate` makes the approximation of a
+table, and its `error_bound` says how far off results can be. Scratch stays within 64 MiB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from ..features import device_for, features
 from ..geometry import conv_output_size, flat_batches
 from ..truncation import Truncation, check_rank, truncate
 
-RANK = 4
 # A tile of the product: rows of x, rows of w, and features summed over. Of float64 it takes 29 MiB.
 _ROWS, _COLUMNS, _DEPTH = 2048, 512, 1024
 _TILE = _ROWS * _DEPTH + _COLUMNS * _DEPTH + _ROWS * _COLUMNS
@@ -107,11 +106,6 @@ def with_rank(rank: int) -> TruncatedEngine:
         `rank` is no int of at least 0.
     """
     return TruncatedEngine(rank)
-
-
-engine = TruncatedEngine(RANK)
-unavailable = engine.unavailable
-lut_matmul, lut_conv2d, lut_dwconv2d = engine.lut_matmul, engine.lut_conv2d, engine.lut_dwconv2d
 
 
 def _blocks(images: int, rows: int, most: int) -> Iterator[tuple[slice, slice]]:

@@ -110,7 +110,7 @@ def _add_looked_up(_: Any, acc: Any, at: Any, table: Any, entries: Any, codes: A
 
 
 @jit
-def _fill_planes(
+def fill_planes(
     planes, plane, x, base, channels, strides, first_row, size, rows, cols, pad_w, pad_code, offsets
 ):  # fmt: skip
     """Copy `rows` image rows from `first_row` on, padded to `cols` columns, to one plane a channel."""
@@ -170,7 +170,7 @@ def _depthwise_block(
                         out_rows = min(band, out_h - out_row)
                         rows = (out_rows - 1) * step_h + dil_h * (kernel[0] - 1) + 1
                         used = rows * cols
-                        _fill_planes(
+                        fill_planes(
                             planes, plane, x, image * stride_image + first_channel * stride_c, channels,
                             (stride_c, stride_h, stride_w), out_row * step_h - pad_h, size,
                             rows, cols, pad_w, pad_code, offsets

@@ -1,4 +1,4 @@
-"""Implicit im2col: the codes that a block of output pixels sees, packed k-major."""
+"""Implicit im2col: the codes that a block of output pixels sees, packed k-major; and the way back of its sums."""
 
 from __future__ import annotations
 
@@ -90,3 +90,40 @@ def runs_of(first_row, rows, out_size, image_stride, out_image_stride, row_strid
         n += 1
         m += count
     return n
+
+
+@jit
+def flush_tile(out, out_rows, lane_at, lane_stride, acc, acc_at, row_stride, rows, lanes, first, tile, offsets):
+    """Write (or add, if not `first`) sums ``acc[acc_at + m·row_stride + lane]`` of up to 16 lanes to the output.
+
+    Whole tiles of 16 rows are read.
+    """
+    if lane_stride == 1:
+        for m in range(rows):
+            at = out_rows[m] + lane_at
+            if first:
+                for j in range(lanes):
+                    out[at + j] = acc[acc_at + m * row_stride + j]
+            else:
+                for j in range(lanes):
+                    out[at + j] += acc[acc_at + m * row_stride + j]
+        return
+    for j in range(LANES):
+        offsets[j] = j * row_stride
+    for m0 in range(0, rows, LANES):
+        count = min(LANES, rows - m0)
+        transpose(tile, 0, LANES, acc, offsets, acc_at + m0 * row_stride)
+        contiguous = out_rows[m0 + count - 1] - out_rows[m0] == count - 1
+        for j in range(lanes):
+            if contiguous:
+                at = out_rows[m0] + lane_at + j * lane_stride
+                if first:
+                    for i in range(count):
+                        out[at + i] = tile[j * LANES + i]
+                else:
+                    for i in range(count):
+                        out[at + i] += tile[j * LANES + i]
+            else:
+                for i in range(count):
+                    at = out_rows[m0 + i] + lane_at + j * lane_stride
+                    out[at] = tile[j * LANES + i] if first else out[at] + tile[j * LANES + i]

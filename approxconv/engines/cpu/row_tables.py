@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
-from .packing import pack, runs_of
+from .packing import flush_tile, pack, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, jit, transpose, vector_at
 
@@ -84,40 +84,6 @@ def build(tables, slot, table, w, lane_stride, at, lanes, offsets):
 
 
 @jit
-def _flush_tile(out, out_rows, lane_at, lane_stride, acc, rows, lanes, first, tile, offsets):
-    """Write (or, after the first channel group, add) the sums of one lane tile to the output."""
-    if lane_stride == 1:
-        for m in range(rows):
-            at = out_rows[m] + lane_at
-            if first:
-                for j in range(lanes):
-                    out[at + j] = acc[m * LANES + j]
-            else:
-                for j in range(lanes):
-                    out[at + j] += acc[m * LANES + j]
-        return
-    for j in range(LANES):
-        offsets[j] = j * LANES
-    for m0 in range(0, rows, LANES):
-        count = min(LANES, rows - m0)
-        transpose(tile, 0, LANES, acc, offsets, m0 * LANES)
-        contiguous = out_rows[m0 + count - 1] - out_rows[m0] == count - 1
-        for j in range(lanes):
-            if contiguous:
-                at = out_rows[m0] + lane_at + j * lane_stride
-                if first:
-                    for i in range(count):
-                        out[at + i] = tile[j * LANES + i]
-                else:
-                    for i in range(count):
-                        out[at + i] += tile[j * LANES + i]
-            else:
-                for i in range(count):
-                    at = out_rows[m0 + i] + lane_at + j * lane_stride
-                    out[at] = tile[j * LANES + i] if first else out[at] + tile[j * LANES + i]
-
-
-@jit
 def _row_tables(
     out, out_rows, out_base, lane_stride_out, packed, rows, table, w, w_base, lane_stride, k_offsets, lanes,
     bias, first, tables, acc, tile, offsets
@@ -139,9 +105,10 @@ def _row_tables(
             for m in range(rows):
                 _add_one(acc, m * LANES, tables, packed, k * rows + m, rows)
             k += 1
-        _flush_tile(
-            out, out_rows, out_base + n * lane_stride_out, lane_stride_out, acc, rows, width, first, tile, offsets
-        )
+        flush_tile(
+            out, out_rows, out_base + n * lane_stride_out, lane_stride_out, acc, 0, LANES, rows, width, first, tile,
+            offsets
+        )  # fmt: skip
 
 
 @jit
