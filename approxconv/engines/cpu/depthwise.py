@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...geometry import conv_output_size
 from ...multiplier import prepare
+from . import shuffles
 from .packing import copy_channels, copy_run
 from .row_tables import build, lut_conv2d
 from .threads import SCRATCH, even_ranges, flat, run
@@ -232,34 +233,41 @@ def lut_dwconv2d(
     copied = 0 if w.is_contiguous() else w.numel()
     if reach * cols > MAX_PLANE or multiplier > MAX_DEPTH_MULTIPLIER or copied > _MAX_COPY:
         return lut_conv2d(x, w, table, stride, padding, dilation, channels, pad_code)
-    band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
-    plane = ((band - 1) * stride[0] + reach) * cols
-    # Codes and products of 16 channels, their tables, the sums.
-    worker_bytes = LANES * (plane + LANES) * (1 + known.rows.itemsize) + LANES * CODES * LANES * known.rows.itemsize
-    worker_bytes += 4 * (band * max(cols, out_w + LANES) + LANES)
     y = torch.empty(batch, w.shape[0], out_h, out_w, dtype=torch.int32)
+    if shuffles.SHUFFLES:
+        block = shuffles.shuffled_block
+        common, worker_bytes = shuffles.plan(
+            x, w.contiguous().view(-1).numpy(), table, kernel, geometry, pad_code, y
+        )
+    else:
+        block = _depthwise_block
+        band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
+        plane = ((band - 1) * stride[0] + reach) * cols
+        # Codes and products of 16 channels, their tables, the sums.
+        worker_bytes = LANES * (plane + LANES) * (1 + known.rows.itemsize) + LANES * CODES * LANES * known.rows.itemsize
+        worker_bytes += 4 * (band * max(cols, out_w + LANES) + LANES)
+        common = (
+            flat(x),
+            x.stride(),
+            tuple(size),
+            kernel,
+            geometry,
+            np.uint8(pad_code),
+            w.contiguous().view(-1).numpy(),
+            multiplier,
+            known.columns.view(-1).numpy(),
+            np.int32(w[0].numel() * known.offset),
+            y.view(-1).numpy(),
+            (out_h, out_w),
+            channels,
+            band,
+            ((band - 1) * stride[0] + reach, cols),
+        )
     workers = max(1, min(torch.get_num_threads(), (SCRATCH - copied) // worker_bytes))
     blocks = -(-channels // LANES)
     channel_ranges = [
         (LANES * first, min(LANES * last, channels)) for first, last in even_ranges(blocks, min(blocks, 4 * workers))
     ]
     image_ranges = even_ranges(batch, min(batch, -(-workers // len(channel_ranges))))
-    common = (
-        flat(x),
-        x.stride(),
-        tuple(size),
-        kernel,
-        geometry,
-        np.uint8(pad_code),
-        w.contiguous().view(-1).numpy(),
-        multiplier,
-        known.columns.view(-1).numpy(),
-        np.int32(w[0].numel() * known.offset),
-        y.view(-1).numpy(),
-        (out_h, out_w),
-        channels,
-        band,
-        ((band - 1) * stride[0] + reach, cols),
-    )
-    run(_depthwise_block, [(*common, i, c) for i in image_ranges for c in channel_ranges], workers)
+    run(block, [(*common, i, c) for i in image_ranges for c in channel_ranges], workers)
     return y

@@ -114,18 +114,17 @@ def _block(
                                     last = d == digit_count
                                     scale = np.int32(0 if d == 0 else (1 if last else 256))
                                     start = starts[i] if last else np.int32(0)
-                                    piece = i * pieces + (d if last else digit_count - 1 - d) * row_pieces
-                                    skip = piece - i * pieces
-                                    end = pieces if last else skip + row_pieces
+                                    piece = (d if last else digit_count - 1 - d) * row_pieces
+                                    end = pieces if last else piece + row_pieces
                                     if step_w == 1 or by_pattern:
                                         dot_strips(
                                             path, acc, at, acc_strip, scale, start, features, begin, strip, dil_w,
-                                            pattern, offsets, packed[i * pieces :], skip, end
+                                            pattern, offsets, packed, i * pieces, piece, end
                                         )  # fmt: skip
                                     else:
                                         dot_strips_apart(
                                             path, acc, at, acc_strip, scale, start, features, begin, strip, dil_w,
-                                            pattern, offsets, packed[i * pieces :], skip, end
+                                            pattern, offsets, packed, i * pieces, piece, end
                                         )  # fmt: skip
                         to = ((image * all_channels + first_channel) * multiplier + i) * out_h + out_row
                         for k in range(out_rows):

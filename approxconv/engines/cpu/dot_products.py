@@ -100,14 +100,10 @@ def _expand(
     direct = stride_c == 1 and stride_w == depth and channels == depth and span % BYTES == 0
     start = base + top * stride_h + left * stride_w
     if not direct and inside > 0 and bottom > top:
+        runs, pixels = bottom - top, inside
         if inside * stride_w == stride_h:
-            _gather_codes(
-                codes, x, start, channels, depth, (stride_c, stride_w), 1, inside * (bottom - top), 0, offsets
-            )  # fmt: skip
-        else:
-            _gather_codes(
-                codes, x, start, channels, depth, (stride_c, stride_w), bottom - top, inside, stride_h, offsets
-            )  # fmt: skip
+            runs, pixels = 1, inside * runs
+        _gather_codes(codes, x, start, channels, depth, (stride_c, stride_w), runs, pixels, stride_h, offsets)
     source, stride = (x, stride_h) if direct else (codes, span)
     start = start if direct else 0
     pad_sum = np.int64(0)
@@ -200,14 +196,17 @@ def _expand_weights(
                 if tail > 0:
                     _zero_tails(weights, at, width * BYTES, run, quads, tail)
         start = starts[(vector - first_vector) * LANES :][:LANES]
-        start[:] = 0
+        for j in range(LANES):
+            start[j] = 0
         for d in range(digit_count - 1, -1, -1):
             look_up(path, looked, 0, BYTES, digits, d * CODES, codes, 0, kernel[0] * run)
             if tail > 0:
                 _zero_tails(looked, 0, BYTES, kernel[0] * run, quads, tail)
-            start[:] *= np.int32(256)
+            for j in range(LANES):
+                start[j] <<= 8
             add_quads(path, start, looked, 0, kernel[0] * run)
-        start[:] += np.int32(depth * base)
+        for j in range(LANES):
+            start[j] += np.int32(depth * base)
 
 
 @jit
@@ -251,7 +250,8 @@ def _block(
                     (row_range[0] + i) * out_size[1] + col_range[0] + j
                 ) * out_row
                 m += 1
-    from_row[count:] = from_row[count - 1]
+    for i in range(count, padded):
+        from_row[i] = from_row[count - 1]
     # A kernel's row (or tap, if dilated) is a run of bytes for each product: in pieces, and pieces in passes.
     run, runs_a_row = (kw * quads, 1) if dil_w == 1 else (quads, kw)
     most = max(1, _PASS // (len(heights) * BYTES))

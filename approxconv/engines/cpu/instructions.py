@@ -280,19 +280,19 @@ def _dot_strips(step: int) -> Any:
     """Intrinsic: sums of pixels' taps, four strips of 16 pixels at a time.
 
     ``acc[at + i·acc_stride + j] = scale·acc[…] + start + Σ_piece Σ_{t<4} features[from + i·stride + offsets[piece] +
-    step·j + t·dilation]·weights[piece][t]`` for strips i and pixels j. A path that permutes takes any step, from
+    step·j + t·dilation]·weights[weight + piece][t]`` for strips i and pixels j. A path that permutes takes any step, from
     `pattern`: the places of the 64 bytes in the 64 that follow.
     """
 
     @intrinsic
     def dot_strips(
         _: Any, path: Any, acc: Any, at: Any, acc_stride: Any, scale: Any, start: Any, features: Any, begin: Any,
-        stride: Any, dilation: Any, pattern: Any, offsets: Any, weights: Any, first: Any, last: Any,
+        stride: Any, dilation: Any, pattern: Any, offsets: Any, weights: Any, weight: Any, first: Any, last: Any,
     ) -> Any:  # fmt: skip
         integer = types.int64
         signature = types.void(
             path, acc, integer, integer, types.int32, types.int32, features, integer, integer, integer, pattern,
-            offsets, weights, integer, integer
+            offsets, weights, integer, integer, integer
         )  # fmt: skip
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -342,9 +342,9 @@ def _dot_strips(step: int) -> Any:
                 for n, target in enumerate(targets[i]):
                     scaled = builder.mul(builder.load(target, align=4), scale_value)
                     builder.store(builder.add(scaled, start_value), sums[i][n])
-            with cgutils.for_range_slice(builder, args[13], args[14], i64(1)) as (piece, _):
+            with cgutils.for_range_slice(builder, args[14], args[15], i64(1)) as (piece, _):
                 offset = builder.load(builder.gep(offsets_at, [piece]))
-                four = builder.load(builder.gep(weights_at, [piece]))
+                four = builder.load(builder.gep(weights_at, [builder.add(args[13], piece)]))
                 v = builder.bitcast(_splat(builder, four, width), ir.VectorType(i8, QUAD * width))
                 for i in range(STRIPS):
                     u = window(builder.gep(froms[i], [offset]))
