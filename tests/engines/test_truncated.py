@@ -227,5 +227,4 @@ def test_scratch(rank, filters):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True, env=env
     )
-    print(result.stdout)
     assert 4 < float(result.stdout) < 64
