@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._display import Shown, html_table, titled
 from ._versioned import once_per_version
@@ -197,7 +198,9 @@ def truncate(multiplier: Multiplier | Tensor, rank: int) -> Truncation:
     else:
         got = multiplier.dtype if isinstance(multiplier, Tensor) else type(multiplier).__name__
         raise ValueError(f"multiplier must be a Multiplier or an int32 table, got {got}")
-    return _spectra(table).truncation(readings, rank)
+    # What is kept for all must be neither a tracer's fake tensor nor one of inference.
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _spectra(table).truncation(readings, rank)
 
 
 class _Spectra:
