@@ -5,6 +5,7 @@ from ._version import __version__
 from .diagnosis import doctor
 from .engines import EngineError, use_engine
 from .explanation import Explanation, explain
+from .factorize import Factorization, factorize
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
@@ -15,6 +16,7 @@ __all__ = [
     "CFunction",
     "EngineError",
     "Explanation",
+    "Factorization",
     "FormatError",
     "Multiplier",
     "__version__",
@@ -23,6 +25,7 @@ __all__ = [
     "compare",
     "doctor",
     "explain",
+    "factorize",
     "get_multiplier",
     "list_multipliers",
     "load_function",

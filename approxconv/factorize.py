@@ -24,6 +24,8 @@ from .multiplier import Multiplier, check_flag, operand_values
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .certificate import Certificate
+
 MOST_TERMS = 64
 
 # A rank modulo a prime is at most the true one. A table for which it is less with all of these is not factorised.
@@ -83,6 +85,47 @@ class Factorization(Shown):
         A term with a constant f_r or g_r does not: over k it is that constant times the sum of the other.
         """
         return self.scale + _varying(self.f.numpy(), self.g.numpy())
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """F and G with ``table = Fᵀ·G``, int64, ``(scale + R, 2**bits)``; the exact product's values come first."""
+        values = (torch.from_numpy(v).unsqueeze(0)[: self.scale] for v in self._values)
+        return tuple(torch.cat([v, side.long()]) for v, side in zip(values, (self.f, self.g), strict=True))
+
+    def certificate(self, w: Tensor) -> Certificate:
+        """Which arithmetics add up the terms without an error for these weights, whatever the activations, and why.
+
+        Parameters
+        ----------
+        w : Tensor
+            uint8 or int8 weight codes, of which the low bits count: ``(N, K)``, or ``(O, C/groups, kh, kw)``.
+
+        Returns
+        -------
+        Certificate
+            Prints as a report.
+
+        Raises
+        ------
+        ValueError
+            w is no tensor of such a dtype and shape.
+
+        Notes
+        -----
+        Integers add up exactly in a float accumulator of p bits, in any order, if no partial sum reaches ``2**p``.
+        In int32, additions are modulo 2³²: a sum that fits is right whatever its partial sums. See docs/exactness.md.
+
+        Examples
+        --------
+        >>> from approxconv import get_multiplier
+        >>> w = torch.full((1, 600), 127, dtype=torch.int8)
+        >>> certificate = factorize(get_multiplier("exact_8u_8s")).certificate(w)
+        >>> certificate.bound, certificate.exact("int8"), certificate.exact("fp32"), certificate.exact("fp64")
+        (19431000, True, False, True)
+        """
+        from .certificate import certify
+
+        return certify(self, w)
 
     def reconstruct(self) -> Tensor:
         """The table, int64, ``(2**a_bits, 2**w_bits)``, by code."""

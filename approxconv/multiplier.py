@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .fast_model import FastModel
+
 MIN_BITS, MAX_BITS = 2, 8
 _INT16_SPAN = 2**16 - 1
 
@@ -556,6 +558,30 @@ class Multiplier:
             w_signed=True,
             name=f"{self.name}_sm" if self.name else "",
         )
+
+    def fast_model(self) -> FastModel:
+        """An exact functional model for `FastApproxConv2dOp` and `FastApproxGeMMOp`, from the table's factorisation.
+
+        Returns
+        -------
+        FastModel
+            Of the table as it is now.
+
+        Raises
+        ------
+        ValueError
+            The table has no factorisation; the message says what to use instead.
+
+        Examples
+        --------
+        >>> from approxconv import get_multiplier
+        >>> x, w = torch.tensor([[100.0, 3.0]]), torch.tensor([[100.0, 3.0]])
+        >>> get_multiplier("drum4_8u_8s").fast_model()(torch.nn.functional.linear, x, w, {})
+        tensor([[10825.]])
+        """
+        from .fast_model import FastModel
+
+        return FastModel(self)
 
     @property
     def content_hash(self) -> str:

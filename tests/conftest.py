@@ -8,6 +8,19 @@ import pytest
 from approxconv import Multiplier
 
 
+def _low_rank(rank, bits=(8, 8), flags=(False, True), scale=1, seed=0):
+    rng = np.random.default_rng(seed)
+    f, g = rng.integers(-9, 10, (2 ** bits[0], rank)), rng.integers(-9, 10, (rank, 2 ** bits[1]))
+    product = Multiplier.exact(bits, *flags).table.numpy()
+    return Multiplier(scale * product + f @ g, a_signed=flags[0], w_signed=flags[1], name=f"rank {rank}")
+
+
+@pytest.fixture(scope="session")
+def low_rank():
+    """Factory of multipliers with random factors: not commutative, and neither f(0) nor g(0) is 0."""
+    return _low_rank
+
+
 @pytest.fixture(scope="session")
 def reference_multipliers():
     """EvoApproxLib's circuits by name, published figures as info; a row is the code of the circuit's first argument."""

@@ -189,3 +189,25 @@ def test_extras_are_pinned():
         if "==" in line and not line.startswith("#")
     }
     assert names <= pins
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import approxconv.factorize",
+        "from approxconv.factorize import Factorization",
+        "import approxconv; approxconv.factorize; import approxconv.factorize",
+    ],
+)
+def test_factorize_is_the_function_however_its_module_is_imported(first):
+    code = (
+        f"{first}\n"
+        "import approxconv, pickle\n"
+        "from approxconv.factorize import Factorization, factorize\n"
+        "assert approxconv.factorize is factorize and approxconv.Factorization is Factorization\n"
+        "factors = approxconv.factorize(approxconv.get_multiplier('exact_4u'))\n"
+        "assert pickle.loads(pickle.dumps(factors)) == factors\n"
+        "assert pickle.loads(pickle.dumps(approxconv.factorize)) is factorize"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
