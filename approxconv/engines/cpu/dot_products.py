@@ -1,10 +1,10 @@
 """Product sums of a factorised table, at the speed of the CPU's dot products of bytes.
 
-With ``table[a, w] = Σ_p u[p, a]·v[p, w] + by_row[a] + by_column[w]`` a product sum over k is a product sum of bytes over
-(k, p), a number for each row and one for each column. Codes are expanded to their P features once, into a block of input
-pixels that stays in the second-level cache, ``[image][row][p][col][channel]``; a kernel's row is then a run of bytes for
-each p, and an output pixel an address: an implicit GEMM without a copy of patches. Weights are expanded once a call. The
-sums of a tile of rows and lanes stay in registers; all are modulo 2³², so only the whole sum has to fit.
+With ``table[a, w] = Σ_p u[p, a]·v[p, w] + by_row[a] + by_column[w]`` a product sum over k is a product sum of bytes
+over (k, p), a number for each row and one for each column. Codes are expanded to their P features once, into a block of
+input pixels that stays in the second-level cache, ``[image][row][p][col][channel]``; a kernel's row is then a run of
+bytes for each p, and an output pixel an address: an implicit GEMM without a copy of patches. Weights are expanded once
+a call. The sums of a tile of rows and lanes stay in registers; all are modulo 2³², so only the whole sum has to fit.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ..byte_form import ByteForm
-from . import instructions
 from .instructions import (
     BYTES,
     PATHS,
     QUAD,
+    add_quads,
     compiles,
     dot_tile_1,
     dot_tile_2,
     dot_tile_3,
     dot_tile_4,
-    add_quads,
     interleave,
     look_up,
 )
@@ -212,8 +211,8 @@ def _expand_weights(
 @jit
 def _block(
     path, heights, x, x_strides, channels, size, kernel, geometry, pad_code, u, digits, digit_count,
-    weights, starts, lanes, tiles, first_vector, accumulate, out, out_strides, out_size, image_range, row_range, col_range,
-    unit_range
+    weights, starts, lanes, tiles, first_vector, accumulate, out, out_strides, out_size, image_range, row_range,
+    col_range, unit_range
 ):  # fmt: skip
     """One task: the output pixels of some images, rows and columns, for some tiles of lanes."""
     stride_image, x_group, stride_c, stride_h, stride_w = x_strides
@@ -340,7 +339,7 @@ def _block(
 
 @lru_cache(maxsize=64)
 def prepared(form: ByteForm) -> tuple[Any, ...]:
-    """u and v flat; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
+    """Flat u and v; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
 
     def digits(by_code: Tensor | None) -> tuple[tuple[np.ndarray, int], int]:
         values = np.zeros(CODES, np.int64) if by_code is None else by_code.numpy().astype(np.int64)
@@ -387,7 +386,7 @@ def _partial_sums(
         half = -(-channels // (2 * QUAD)) * QUAD
         for some in (slice(0, half), slice(half, None)):
             yield from _partial_sums(x[:, :, some], w[:, :, some], geometry, products, worker)
-    elif kh * dil_h >= kw * dil_w and kh > 1 or kw == 1:
+    elif (kh * dil_h >= kw * dil_w and kh > 1) or kw == 1:
         half = kh // 2
         for first, part in ((0, w[:, :, :, :half]), (half, w[:, :, :, half:])):
             shifted = (step_h, step_w, pad_h - first * dil_h, pad_w, dil_h, dil_w)
