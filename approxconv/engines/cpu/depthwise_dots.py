@@ -103,7 +103,8 @@ def _block(
     begins, places = np.empty(bands * chunks, np.int64), np.empty((bands * chunks, BYTES), np.uint8)
     for i in range(bands if gapless else 0):
         _plan_spread(
-            begins[i * chunks :], places[i * chunks :], chunks, i * band * step_h - pad_h, plane_size[0], cols, size, pad_w
+            begins[i * chunks :], places[i * chunks :], chunks, i * band * step_h - pad_h, plane_size[0], cols, size,
+            pad_w
         )  # fmt: skip
     last_begin = max(0, size[0] * size[1] - 1) + BYTES
     for first_channel in range(channel_range[0], channel_range[1], LANES):
@@ -129,8 +130,8 @@ def _block(
                         )  # fmt: skip
                 else:
                     fill_planes(
-                        planes, plane, x, begin, channels, (stride_c, stride_h, stride_w), out_row * step_h - pad_h, size,
-                        rows, cols, pad_w, pad_code, transposing
+                        planes, plane, x, begin, channels, (stride_c, stride_h, stride_w), out_row * step_h - pad_h,
+                        size, rows, cols, pad_w, pad_code, transposing
                     )  # fmt: skip
                 count = (out_rows - 1) * cols + out_w if dense else out_w
                 # With unit strides a plane is one row, else strips lie below each other.

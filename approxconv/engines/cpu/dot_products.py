@@ -1,10 +1,10 @@
 """Product sums of a factorised table, at the speed of the CPU's dot products of bytes.
 
-With ``table[a, w] = Σ_p u[p, a]·v[p, w] + by_row[a] + by_column[w]`` a product sum over k is a product sum of bytes over
-(k, p), a number for each row and one for each column. Codes are expanded to their P features once, into a block of input
-pixels that stays in the second-level cache, ``[image][row][p][col][channel]``; a kernel's row is then a run of bytes for
-each p, and an output pixel an address: an implicit GEMM without a copy of patches. Weights are expanded once a call. The
-sums of a tile of rows and lanes stay in registers; all are modulo 2³², so only the whole sum has to fit.
+With ``table[a, w] = Σ_p u[p, a]·v[p, w] + by_row[a] + by_column[w]`` a product sum over k is a product sum of bytes
+over (k, p), a number for each row and one for each column. Codes are expanded to their P features once, into a block of
+input pixels that stays in the second-level cache, ``[image][row][p][col][channel]``; a kernel's row is then a run of
+bytes for each p, and an output pixel an address: an implicit GEMM without a copy of patches. Weights are expanded once
+a call. The sums of a tile of rows and lanes stay in registers; all are modulo 2³², so only the whole sum has to fit.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ def _expand_weights(
 @jit
 def _block(
     path, heights, x, x_strides, channels, size, kernel, geometry, pad_code, u, digits, digit_count,
-    weights, starts, lanes, tiles, first_vector, accumulate, out, out_strides, out_size, image_range, row_range, col_range,
-    unit_range
+    weights, starts, lanes, tiles, first_vector, accumulate, out, out_strides, out_size, image_range, row_range,
+    col_range, unit_range
 ):  # fmt: skip
     """One task: the output pixels of some images, rows and columns, for some tiles of lanes."""
     stride_image, x_group, stride_c, stride_h, stride_w = x_strides
@@ -339,7 +339,7 @@ def _block(
 
 @lru_cache(maxsize=64)
 def prepared(form: ByteForm) -> tuple[Any, ...]:
-    """U and v flat; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
+    """Flat u and v; by_row's and by_column's bytes, and how many, and what both lack: ``Σ_d 256^d·byte + base``."""
 
     def digits(by_code: Tensor | None) -> tuple[tuple[np.ndarray, int], int]:
         values = np.zeros(CODES, np.int64) if by_code is None else by_code.numpy().astype(np.int64)

@@ -103,8 +103,8 @@ def _dot_tile(vectors: int) -> Any:
     """Intrinsic: add the dot products of some rows' features and 16·`vectors` lanes' weights to a tile of sums.
 
     ``acc[at + (m·vectors + n)·16 + lane] = begin[start + m·stride + 16·n + lane] + more[row + m] + Σ u·v`` for as many
-    rows m as the path keeps in registers. Row m's features begin at ``rows[row + m]`` plus the offset of a piece; piece i is ``(offset, count of quads)``. The weights of all
-    pieces are one run from `weight` on, ``[quad][n][lane][4]``.
+    rows m as the path keeps in registers. Row m's features begin at ``rows[row + m]`` plus the offset of a piece; piece
+    i is ``(offset, count of quads)``. The weights of all pieces are one run from `weight` on, ``[quad][n][lane][4]``.
     """
 
     @intrinsic
@@ -322,8 +322,8 @@ def _dot_strips(step: int) -> Any:
     """Intrinsic: sums of pixels' taps, four strips of 16 pixels at a time.
 
     ``acc[at + i·acc_stride + j] = scale·acc[…] + start + Σ_piece Σ_{t<4} features[from + i·stride + offsets[piece] +
-    step·j + t·dilation]·weights[weight + piece][t]`` for strips i and pixels j. A path that permutes takes any step, from
-    `pattern`: the places of the 64 bytes in the 64 that follow.
+    step·j + t·dilation]·weights[weight + piece][t]`` for strips i and pixels j. A path that permutes takes any step,
+    from `pattern`: the places of the 64 bytes in the 64 that follow.
     """
 
     @intrinsic
