@@ -1,4 +1,4 @@
-"""Multipliers of up to 16 bits an operand: functions in place of tables, run through their exact integer low-rank form."""
+"""Multipliers of up to 16 bits an operand: functions instead of tables, run through their exact low-rank form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 _RANDOM_PAIRS = 10**7
 _EXHAUSTIVE_BITS = 24
 _PRODUCT_LIMIT = 2**52
-_BLOCK = 2**17  # pairs evaluated at a time: a circuit's intermediate results then stay in cache
+_LANES = 2**14  # pairs that a function is called with: its intermediate results then stay in cache
+_C_LANES = 2**16  # a circuit's are bytes, and the steps between them cost more than they do
+_BLOCK = 2**17  # pairs of whole rows compared at a time
 _PROBES = 256
 _RANDOM_LINES = 12
 _MOST_WITNESSES = 64  # of one block
@@ -52,8 +54,8 @@ class WideMultiplier:
     Parameters
     ----------
     fn : callable
-        ``fn(a, w)`` takes two int64 arrays of operand *values*, of one shape, and returns their products in that shape:
-        integers below 2**52 in magnitude. It must return the same for the same pair whatever else is in the arrays.
+        ``fn(a, w)`` takes two int64 vectors of operand *values*, of one length up to 2**14, and returns the products of
+        their entries: integers below 2**52 in magnitude, the same for the same pair whatever else is in the vectors.
     bits : int or pair of int
         Width of both operands, or ``(a_bits, w_bits)``.
     a_signed, w_signed : bool
@@ -95,6 +97,7 @@ class WideMultiplier:
         self.name = str(name)
         self.info = as_info(info)
         self._fn = fn
+        self._lanes = _LANES
         self._hash: str | None = None
         self._known: list[WideFactorization | None] = []
 
@@ -115,7 +118,7 @@ class WideMultiplier:
             name=function.name,
             info=function.info,
         )
-        multiplier._hash = function.content_hash
+        multiplier._lanes, multiplier._hash = _C_LANES, function.content_hash
         return multiplier
 
     @property
@@ -148,15 +151,23 @@ class WideMultiplier:
             that returns another shape, no integers or ones of 2**52 or more in magnitude.
         """
         a, w = check_operand("a", a, *self.a_range), check_operand("w", w, *self.w_range)
-        a, w = (np.ascontiguousarray(side) for side in np.broadcast_arrays(a, w))
+        pairs = np.broadcast_arrays(a, w)
+        products = np.empty(pairs[0].shape, np.int64)
+        flat, (a, w) = products.reshape(-1), (np.ascontiguousarray(side).reshape(-1) for side in pairs)
+        for start in range(0, flat.size, self._lanes):
+            part = slice(start, start + self._lanes)
+            flat[part] = self._evaluate(a[part], w[part])
+        return products
+
+    def _evaluate(self, a: np.ndarray, w: np.ndarray) -> np.ndarray:
         products = np.asarray(self._fn(a, w))
         if products.shape != a.shape:
             raise ValueError(f"fn must return an array of shape {a.shape}, got {products.shape}")
         if products.dtype.kind not in "iu":
             raise ValueError(f"fn must return integers, got {products.dtype}")
-        if products.size and (int(products.max()) >= _PRODUCT_LIMIT or int(products.min()) <= -_PRODUCT_LIMIT):
+        if int(products.max()) >= _PRODUCT_LIMIT or int(products.min()) <= -_PRODUCT_LIMIT:
             raise ValueError(f"fn must return products below 2**52, got {products.min()} to {products.max()}")
-        return products.astype(np.int64)
+        return products
 
     def fast_model(self) -> FastModel:
         """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums; see `FastModel`.
@@ -303,9 +314,9 @@ def factorize_wide(multiplier: WideMultiplier) -> WideFactorization | None:
     1. the pivots I, J are those of an elimination modulo a prime, on a grid of structured and random operands: a minor
        that is not 0 modulo a prime is not 0, whatever its size;
     2. there is no tolerance: the search ends when verification meets no residual. Any pair it meets joins the grid;
-    3. a reduced basis G of the lattice that the rows of E span takes the place of E[I, :]. A row is known by its entries
-       in J, so E[:, J] suffices for the Hermite form; E's coordinates F in the basis are integers, and so is G, solved
-       from ``F[I]·G = E[I, :]``.
+    3. a reduced basis G of the lattice that the rows of E span takes the place of E[I, :]. A row is known by its
+       entries in J, so E[:, J] suffices for the Hermite form; E's coordinates F in the basis are integers, and so is
+       G, solved from ``F[I]·G = E[I, :]``.
 
     M. Bebendorf, "Approximation of boundary element matrices", Numerische Mathematik 86, 2000. `factorize` says how
     bases are reduced.
@@ -391,15 +402,10 @@ class _Entries:
             operand_values(multiplier.w_bits, multiplier.w_signed),
         )
 
-    def products(self, a: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """fn at codes of shapes that broadcast."""
-        return self.multiplier(self.values[0][a], self.values[1][w])
-
     def errors(self, a: np.ndarray, w: np.ndarray, scale: int) -> np.ndarray:
-        """``fn − scale·a·w`` at codes of shapes that broadcast, evaluated in blocks of rows."""
-        step = max(1, _BLOCK // w.size) if a.ndim == 2 else len(a)
-        blocks = [self.products(a[i : i + step], w) for i in range(0, len(a), step)]
-        return np.concatenate(blocks) - scale * self.values[0][a] * self.values[1][w]
+        """``fn − scale·a·w`` at codes of shapes that broadcast."""
+        a, w = self.values[0][a], self.values[1][w]
+        return self.multiplier(a, w) - scale * a * w
 
 
 def _search(multiplier: WideMultiplier) -> _Form | None:
@@ -430,7 +436,7 @@ def _search(multiplier: WideMultiplier) -> _Form | None:
 
 
 def _least_pivots(entries: _Entries, grid: list[np.ndarray], prime: int) -> tuple[int, _Pairs, int] | None:
-    """The scale of less rank on the grid, its pivots there, and the sum of both ranks; None if both are over the limit."""
+    """The scale of less rank on the grid, its pivots there and the sum of both ranks; None if over the limit."""
     rows, columns = grid
     products = entries.errors(rows[:, None], columns[None], 0)
     exact = np.multiply.outer(entries.values[0][rows], entries.values[1][columns])
@@ -488,15 +494,15 @@ def _verify(entries: _Entries, form: _Form) -> tuple[_Pairs | None, str]:
 
 def _witnesses(entries: _Entries, form: _Form, blocks: Iterator[_Pairs] | Sequence[_Pairs]) -> _Pairs | None:
     """Some pairs of the first block in which the form is wrong; None if there is no such block."""
-    f, g = (side.astype(np.float64) for side in (form.f, form.g))
-    terms = float(np.abs(f).max(axis=1, initial=0) @ np.abs(g).max(axis=1, initial=0))
+    f, g = (side.T.astype(np.float64, order="C") for side in (form.f, form.g))
+    terms = float(np.abs(f).max(axis=0) @ np.abs(g).max(axis=0))
     if terms >= 2**53:  # modulo 2**64 products below 2**52 are what they are
-        f, g = (side.astype(np.int64) for side in (form.f, form.g))
+        f, g = (side.T.astype(np.int64, order="C") for side in (form.f, form.g))
     for a, w in blocks:
         if a.ndim == 2:
-            sums = f[:, a[:, 0]].T @ g[:, w[0]]
+            sums = f[a[:, 0]] @ g[w[0]].T
         else:
-            sums = sum((p[a] * q[w] for p, q in zip(f, g, strict=True)), np.zeros(len(a), f.dtype))
+            sums = np.einsum("ij,ij->i", np.take(f, a, 0), np.take(g, w, 0))
         wrong = np.argwhere(entries.errors(a, w, form.scale) != sums)
         if len(wrong):
             chosen = wrong[:: -(-len(wrong) // _MOST_WITNESSES)].T
@@ -518,8 +524,8 @@ def _lattice_blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[_Pairs]:
 
 def _random_blocks(a_codes: np.ndarray, w_codes: np.ndarray) -> Iterator[_Pairs]:
     rng = np.random.default_rng(0)
-    for start in range(0, _RANDOM_PAIRS, _BLOCK):
-        size = min(_BLOCK, _RANDOM_PAIRS - start)
+    for start in range(0, _RANDOM_PAIRS, _C_LANES):
+        size = min(_C_LANES, _RANDOM_PAIRS - start)
         yield rng.integers(len(a_codes), size=size), rng.integers(len(w_codes), size=size)
 
 
@@ -562,10 +568,10 @@ class FastModel:
     """``model(op, x, w, kwargs)``: a convolution or linear layer by an exact low-rank form, in one call of `op`.
 
     An operand becomes its features, the factors at its value, as more channels: ``Σ_k fn(x_k, w_k) =
-    Σ_k Σ_p f_p[x_k]·g_p[w_k]``, p running over the exact product too. `op` multiplies and adds them in float64, which is
-    exact in any order while ``Σ_k Σ_p max|f_p|·|g_p[w_k]| < 2^53``: that is computed for the given weights, for each
-    output channel. Where it is more, the weights' features are cut into digits of a few bits, one call of `op` each, and
-    the sums are put together in int64.
+    Σ_k Σ_p f_p[x_k]·g_p[w_k]``, p running over the exact product too. `op` multiplies and adds them in float64, which
+    is exact in any order while ``Σ_k Σ_p max|f_p|·|g_p[w_k]| < 2^53``: that is computed for the given weights, for
+    each output channel. Where it is more, the weights' features are cut into digits of a few bits, one call of `op`
+    each, and the sums are put together in int64.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ _MAX_SOURCE_BYTES = 2**18  # several times the largest 16-bit circuit, and secon
 _MAX_DEPTH = 64
 _MAX_OPERATIONS = 50_000
 _MAX_HELD_BYTES = 2**29
-_LANES = 2**14  # evaluated at a time when called as a function: a circuit's variables then stay in cache
+_LANES = 2**16  # evaluated at a time when called as a function, as many as in a table of 8 bits
 _CHECKED_FIGURES = ("MAE", "WCE", "EP%", "EP")
 
 _CHAR, _LONG_LONG = CType(8, True, 1), CType(64, True, 5)

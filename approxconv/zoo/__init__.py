@@ -2,7 +2,8 @@
 
 A name is ``<family><parameters>_<bits><u|s>``, both operands of 2 to 8 bits, unsigned or signed: ``drum6_8u``,
 ``bam_h2_v4_8u``, ``exact_4s``. Operands that differ in signedness are named one by one, the activation first:
-``drum6_8u_8s``. `get_wide_multiplier` goes on to 16 bits. Each family is a module here, with a function that builds its members and says what they compute.
+``drum6_8u_8s``. `get_wide_multiplier` goes on to 16 bits. Each family is a module here, with a function that builds its
+members and says what they compute.
 """
 
 from __future__ import annotations
