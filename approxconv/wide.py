@@ -6,7 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -41,7 +41,7 @@ _C_LANES = 2**16  # a circuit's are bytes, and the steps between them cost more 
 _BLOCK = 2**17  # pairs of whole rows compared at a time
 _PROBES = 256
 _RANDOM_LINES = 12
-_MOST_WITNESSES = 64  # of one block
+_ENOUGH_WITNESSES = MOST_TERMS
 # Part of the names of stored results: to be raised when other ones are to be found.
 _REVISION = 1
 
@@ -391,6 +391,53 @@ class _Form:
     g: np.ndarray
     verified: str = ""
 
+    def comparison(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """A function of errors and their codes that says where they are not ``Σ f·g``."""
+        f, g = (side.T.astype(np.float64, order="C") for side in (self.f, self.g))
+        if float(np.abs(f).max(axis=0) @ np.abs(g).max(axis=0)) >= 2**53:
+            # Modulo 2**64 errors far below 2**63 are what they are.
+            f, g = (side.T.astype(np.int64, order="C") for side in (self.f, self.g))
+
+        def differs(errors: np.ndarray, a: np.ndarray, w: np.ndarray) -> np.ndarray:
+            if a.ndim == 2:  # rows and columns
+                return errors != f[a[:, 0]] @ g[w[0]].T
+            return errors != np.einsum("ij,ij->i", np.take(f, a, 0), np.take(g, w, 0))
+
+        return differs
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """``E[:, J]·E[I, J]⁻¹·E[I, :]`` modulo a prime."""
+
+    scale: int
+    columns: np.ndarray
+    rows: np.ndarray
+    pivots: _Pairs
+    prime: int
+
+    def comparison(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """As `_Form.comparison`, modulo the prime."""
+        from flint import nmod_mat
+
+        prime, rank = self.prime, len(self.rows)
+        minor = nmod_mat(rank, rank, (self.rows[:, self.pivots[1]] % prime).ravel().tolist(), prime)
+        inverse = np.array([int(entry) for entry in minor.inv().entries()]).reshape(rank, rank)
+        f, g = self.columns % prime, _product_modulo(inverse, self.rows % prime, prime).T
+
+        def differs(errors: np.ndarray, a: np.ndarray, w: np.ndarray) -> np.ndarray:
+            if a.ndim == 2:
+                return errors % prime != _product_modulo(f[a[:, 0]], g[w[0]].T, prime)
+            return errors % prime != (np.take(f, a, 0) * np.take(g, w, 0) % prime).sum(axis=1) % prime
+
+        return differs
+
+
+def _product_modulo(x: np.ndarray, y: np.ndarray, prime: int) -> np.ndarray:
+    """``x @ y`` modulo a prime below 2^31, of residues, at most 64 terms each: by halves of x, exact in float64."""
+    high, low = (half.astype(float) @ y.astype(float) % prime for half in (x >> 16, x & 0xFFFF))
+    return (high * 2**16 + low).astype(np.int64) % prime
+
 
 class _Entries:
     """A multiplier's products by operand codes, evaluated where they are asked for."""
@@ -422,15 +469,14 @@ def _search(multiplier: WideMultiplier) -> _Form | None:
             if total <= known:  # modulo this prime a witness makes no difference
                 break
             known = total
-            try:
-                form = _interpolate(entries, scale, pivots)
-            except (np.linalg.LinAlgError, OverflowError):  # numbers that float64 or int64 do not hold
-                form = None
-            if form is None:
-                break
-            witnesses, verified = _verify(entries, form)
+            columns, rows = _cross(entries, scale, pivots)
+            form = _interpolate(scale, columns, rows, pivots)
+            # The cross of a matrix of higher rank need not have integer factors; modulo a prime it has factors always.
+            witnesses, verified = _verify(entries, form or _Skeleton(scale, columns, rows, pivots, prime))
             if witnesses is None:
-                return _Form(form.scale, form.f, form.g, verified)
+                if form is None:
+                    break
+                return replace(form, verified=verified)
             grid = [np.union1d(known_codes, new) for known_codes, new in zip(grid, witnesses, strict=True)]
     return None
 
@@ -449,15 +495,21 @@ def _least_pivots(entries: _Entries, grid: list[np.ndarray], prime: int) -> tupl
     return scale, (rows[at_rows], columns[at_columns]), sum(ranks.values())
 
 
-def _interpolate(entries: _Entries, scale: int, pivots: _Pairs) -> _Form | None:
-    """The form of rank r that has the multiplier's products in the rows and columns of its pivots."""
-    codes = [np.arange(len(values)) for values in entries.values]
+def _cross(entries: _Entries, scale: int, pivots: _Pairs) -> _Pairs:
+    """``E[:, J]`` and ``E[I, :]``."""
+    a, w = (np.arange(len(values)) for values in entries.values)
     at_rows, at_columns = pivots
-    if not len(at_rows):
-        return _Form(scale, *(np.zeros((0, len(each)), np.int8) for each in codes))
-    columns = entries.errors(codes[0][:, None], at_columns[None], scale)
-    rows = entries.errors(at_rows[:, None], codes[1][None], scale)
-    factors = cross_lattice(columns, rows, (at_rows.tolist(), at_columns.tolist()))
+    return entries.errors(a[:, None], at_columns[None], scale), entries.errors(at_rows[:, None], w[None], scale)
+
+
+def _interpolate(scale: int, columns: np.ndarray, rows: np.ndarray, pivots: _Pairs) -> _Form | None:
+    """The form of rank r that has the multiplier's products in the rows and columns of its pivots, if there is one."""
+    if not len(rows):
+        return _Form(scale, *(np.zeros((0, length), np.int8) for length in (len(columns), rows.shape[1])))
+    try:
+        factors = cross_lattice(columns, rows, pivots)
+    except (np.linalg.LinAlgError, OverflowError):  # numbers that float64 or int64 do not hold
+        return None
     if factors is None:
         return None
     f, g = reduce_together(*factors)
@@ -473,7 +525,7 @@ def _narrowest(factors: np.ndarray) -> np.ndarray:
     )
 
 
-def _verify(entries: _Entries, form: _Form) -> tuple[_Pairs | None, str]:
+def _verify(entries: _Entries, form: _Form | _Skeleton) -> tuple[_Pairs | None, str]:
     """Pairs where the form is wrong, None if none was met, and what it was compared with."""
     codes = [np.arange(len(values)) for values in entries.values]
     count = len(codes[0]) * len(codes[1])
@@ -492,23 +544,26 @@ def _verify(entries: _Entries, form: _Form) -> tuple[_Pairs | None, str]:
     return _witnesses(entries, form, blocks), said
 
 
-def _witnesses(entries: _Entries, form: _Form, blocks: Iterator[_Pairs] | Sequence[_Pairs]) -> _Pairs | None:
-    """Some pairs of the first block in which the form is wrong; None if there is no such block."""
-    f, g = (side.T.astype(np.float64, order="C") for side in (form.f, form.g))
-    terms = float(np.abs(f).max(axis=0) @ np.abs(g).max(axis=0))
-    if terms >= 2**53:  # modulo 2**64 products below 2**52 are what they are
-        f, g = (side.T.astype(np.int64, order="C") for side in (form.f, form.g))
+def _witnesses(
+    entries: _Entries, form: _Form | _Skeleton, blocks: Iterator[_Pairs] | Sequence[_Pairs]
+) -> _Pairs | None:
+    """Pairs at which the form is wrong, no two in a row or a column; None if it is right in all blocks."""
+    differs = form.comparison()
+    rng = np.random.default_rng(3)
+    rows = columns = np.zeros(0, np.int64)
     for a, w in blocks:
-        if a.ndim == 2:
-            sums = f[a[:, 0]] @ g[w[0]].T
-        else:
-            sums = np.einsum("ij,ij->i", np.take(f, a, 0), np.take(g, w, 0))
-        wrong = np.argwhere(entries.errors(a, w, form.scale) != sums)
-        if len(wrong):
-            chosen = wrong[:: -(-len(wrong) // _MOST_WITNESSES)].T
-            a, w = np.broadcast_arrays(a, w)
-            return a[tuple(chosen)], w[tuple(chosen)]
-    return None
+        wrong = differs(entries.errors(a, w, form.scale), a, w)
+        if wrong.any():
+            # A row or a column adds 1 to the rank at most.
+            chosen = rng.permutation(np.flatnonzero(wrong))
+            a, w = (np.broadcast_to(side, wrong.shape).flat[chosen] for side in (a, w))
+            rows, columns = np.concatenate([rows, a]), np.concatenate([columns, w])
+            first = np.unique(rows, return_index=True)[1]
+            first = first[np.unique(columns[first], return_index=True)[1]]
+            rows, columns = rows[first], columns[first]
+            if len(rows) >= _ENOUGH_WITNESSES:
+                break
+    return (rows, columns) if len(rows) else None
 
 
 def _lattice_points(rows: np.ndarray, columns: np.ndarray) -> _Pairs:
