@@ -444,7 +444,7 @@ class _Program:
 
     def __init__(self, path: Path, source: str) -> None:
         self.path = path
-        self.digest = hashlib.sha256(source.encode()).hexdigest()
+        self.digest = hashlib.sha256(" ".join(source.split()).encode()).hexdigest()
         self.mentions = Counter(_IDENTIFIER.findall(source))
         self._types = {name: _INTEGER_TYPES[tuple(sorted(base.split()))] for name, base in _TYPEDEFS.items()}
         function = self._find_function(self._parse(source))
