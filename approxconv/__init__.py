@@ -8,19 +8,22 @@ from .formats import CFunction, FormatError, load_function, load_multiplier, sav
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
 from .pictures import compare
-from .zoo import get_multiplier, list_multipliers
+from .wide import WideMultiplier
+from .zoo import get_multiplier, get_wide_multiplier, list_multipliers
 
 __all__ = [
     "CFunction",
     "EngineError",
     "FormatError",
     "Multiplier",
+    "WideMultiplier",
     "__version__",
     "approximate",
     "calibrate",
     "compare",
     "doctor",
     "get_multiplier",
+    "get_wide_multiplier",
     "list_multipliers",
     "load_function",
     "load_multiplier",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -702,7 +702,7 @@ class FastModel:
         digits = self._digits(_features(g, w_codes, 1), f.abs().amax(1))
         bytes_each = 8 * len(f) * codes.shape[1:].numel() * (1 + w.shape[2:].numel())
         sums = []
-        exactly = torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext()
+        exactly = _without_cudnn() if x.is_cuda else nullcontext()
         with exactly:  # cuDNN may transform operands, whose sums then are not of integers
             for part in codes.split(max(1, self.scratch // max(bytes_each, 1))):
                 features = _features(f, part, 2).flatten(1, 3)
@@ -732,6 +732,17 @@ class FastModel:
             if all(bound(digit) < self.exact_below for digit, _ in digits):
                 return [(digit.double(), shift) for digit, shift in digits]
         raise ValueError(f"float64 holds no sums of {features[0].numel():,} products of these operands")
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Not `torch.backends.cudnn.flags`, which writes the TF32 flags too."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _check_shapes(x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> int:

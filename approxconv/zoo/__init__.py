@@ -73,7 +73,7 @@ def get_multiplier(name: str) -> Multiplier:
     >>> get_multiplier("drum6_8u_8s")
     Multiplier('drum6_8u_8s', a=uint8, w=int8)
     """
-    return _build(name, lambda family: family.build)
+    return _build(name, Family.from_name)
 
 
 def get_wide_multiplier(name: str) -> WideMultiplier:
@@ -100,14 +100,14 @@ def get_wide_multiplier(name: str) -> WideMultiplier:
     >>> int(get_wide_multiplier("drum6_16u")(1000, 3))  # 0b111111 · 2**4 · 3
     3024
     """
-    return _build(name, lambda family: family.build_wide)
+    return _build(name, Family.wide_from_name)
 
 
-def _build(name: str, builder: Callable[[Family], Callable[..., T]]) -> T:
+def _build(name: str, build: Callable[[Family, str], T | None]) -> T:
     if not isinstance(name, str):
         raise ValueError(f"name must be a str, got {name!r}")
     for family in _FAMILIES:
-        multiplier = family.from_name(name, builder(family))
+        multiplier = build(family, name)
         if multiplier is not None:
             return multiplier
     shown = name[:_LONGEST_SHOWN]

@@ -136,14 +136,21 @@ class Family:
 
         return bits, parameters, circuit
 
-    def from_name(self, name: str, build: Callable[..., T]) -> T | None:
-        """The member called `name`, by `build` or `build_wide`; None if no member of this family could be called so.
+    def from_name(self, name: str) -> Multiplier | None:
+        """Build the member called `name`; None if no member of this family could be called so.
 
         Raises
         ------
         ValueError
             The name is well formed but asks for a width, a parameter or a signedness that the family does not have.
         """
+        return self._from_name(name, self.build)
+
+    def wide_from_name(self, name: str) -> WideMultiplier | None:
+        """Like `from_name`, by `build_wide`."""
+        return self._from_name(name, self.build_wide)
+
+    def _from_name(self, name: str, build: Callable[..., T]) -> T | None:
         match = re.fullmatch(self._pattern(), name)
         if match is None:
             return None
