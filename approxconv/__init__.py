@@ -4,6 +4,7 @@ from . import nn, operators
 from ._version import __version__
 from .diagnosis import doctor
 from .engines import EngineError, use_engine
+from .explanation import Explanation, explain
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
@@ -14,6 +15,7 @@ from .zoo import get_multiplier, get_wide_multiplier, list_multipliers
 __all__ = [
     "CFunction",
     "EngineError",
+    "Explanation",
     "FormatError",
     "Multiplier",
     "WideMultiplier",
@@ -22,6 +24,7 @@ __all__ = [
     "calibrate",
     "compare",
     "doctor",
+    "explain",
     "get_multiplier",
     "get_wide_multiplier",
     "list_multipliers",

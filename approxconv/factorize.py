@@ -251,7 +251,7 @@ def factorize(multiplier: Multiplier | WideMultiplier) -> Factorization | WideFa
 
 @once_per_version
 def factorize_table(table: Tensor) -> Factorization | None:
-    """`factorize` of a bare table, which does not say how its codes are read: in the reading that takes fewest terms.
+    """`factorize` of a bare table, which does not say how its codes are read: in the reading nearest to products.
 
     Parameters
     ----------
@@ -268,14 +268,11 @@ def factorize_table(table: Tensor) -> Factorization | None:
     # The product changes the rank by 1 at most, so that a random table is told from its corner.
     if find_pivots(sample, PRIMES[0], MOST_TERMS + 1) is None:
         return None
-    readings = []
+    errors = {}
     for signs in itertools.product((False, True), repeat=2):
-        a, w = (
-            operand_values(side.bit_length() - 1, signed) for side, signed in zip(entries.shape, signs, strict=True)
-        )
-        pivots = find_pivots(entries - np.multiply.outer(a, w), PRIMES[0])
-        readings.append((MOST_TERMS + 1 if pivots is None else len(pivots[0]), signs))
-    a_signed, w_signed = min(readings)[1]
+        values = (operand_values(n.bit_length() - 1, signed) for n, signed in zip(entries.shape, signs, strict=True))
+        errors[signs] = np.abs(entries - np.multiply.outer(*values)).sum()
+    a_signed, w_signed = min(errors, key=lambda signs: errors[signs])
     return factorize(Multiplier(table.cpu(), a_signed=a_signed, w_signed=w_signed))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from rich.progress import track
 
 import approxconv
 
-from . import cpu
+from . import cpu, multipliers, training
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,29 +39,45 @@ def _cupy() -> list[str]:
     return packages_distributions().get("cupy", [])[:1]
 
 
-def _measure(what: str, repeats: int, console: Console) -> tuple[str, str]:
-    """The machine's name and the table."""
-    if what == "cpu":
-        rows = [cpu.measure(case, repeats) for case in track(cpu.CASES, "measuring", console=console)]
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads", cpu.markdown(rows)
-    from . import gpu
+def _measure(what: str, repeats: int, console: Console) -> tuple[str, str, Callable[[Path], None] | None]:
+    """The machine's name, the table and, if there is a plot beside it, what draws that to a file."""
+    if what == "gpu":
+        from . import gpu
 
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks gpu: torch sees no CUDA device here")
-    rows = [gpu.measure(layer, repeats) for layer in track(gpu.LAYERS, "measuring", console=console)]
-    return torch.cuda.get_device_name(), gpu.markdown(rows, gpu.ceilings(repeats), gpu.host_microseconds())
+        if not torch.cuda.is_available():
+            raise SystemExit("benchmarks gpu: torch sees no CUDA device here")
+        rows = [gpu.measure(layer, repeats) for layer in track(gpu.LAYERS, "measuring", console=console)]
+        text = gpu.markdown(rows, gpu.ceilings(repeats), gpu.host_microseconds())
+        return torch.cuda.get_device_name(), text, None
+    machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    if what == "multipliers":
+        rows = [
+            multipliers.measure(each, repeats)
+            for each in track([*multipliers.multipliers()], "measuring", console=console)
+        ]
+        return machine, multipliers.markdown(rows), partial(multipliers.plot, rows)
+    if what == "training":
+        cases = [case for case in cpu.CASES if not case.depthwise]
+        rows = [training.measure(case, repeats) for case in track(cases, "measuring", console=console)]
+        return machine, training.markdown(rows), None
+    rows = [cpu.measure(case, repeats) for case in track((*cpu.CASES, *cpu.LINEAR), "measuring", console=console)]
+    return machine, cpu.markdown(rows), None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", choices=("cpu", "gpu"), default="cpu", help="the engine to time (default cpu)"
+        "what",
+        nargs="?",
+        choices=("cpu", "multipliers", "training", "gpu"),
+        default="cpu",
+        help="the CPU's engines by layer (default), by multiplier, in training; or the GPU's",
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (default 15)")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md, and its plot if it has one")
     arguments = parser.parse_args()
     console = Console(width=160)
-    machine, table = _measure(arguments.what, arguments.repeats, console)
+    machine, table, plot = _measure(arguments.what, arguments.repeats, console)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numba", *_cupy()))
     head = (
         f"{date.today()}, commit {_commit()}, approxconv {approxconv.__version__}, {versions}, Python "
@@ -69,6 +87,9 @@ def main() -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
+        if plot is not None:
+            plot(RESULTS / f"{arguments.save}.png")
+            text += f"\n![The table as a plot]({arguments.save}.png)\n"
         (RESULTS / f"{arguments.save}.md").write_text(text)
 
 

@@ -1,12 +1,13 @@
-"""Convolutions of ResNet-18 and MobileNetV2 on the CPU: the LUT operators, native fp32, a naive gather."""
+"""Layers of ResNet-18 and MobileNetV2 on the CPU: the LUT operators, native fp32, a naive gather."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numba
 import torch
@@ -65,18 +66,42 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Median seconds of each way to compute a case."""
+class Linear:
+    """A linear layer."""
 
-    case: Case
-    seconds: float
+    inputs: int
+    outputs: int
+    batch: int
+    kind = "linear"
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return f"linear {self.inputs}→{self.outputs}, batch {self.batch}"
+
+    @property
+    def macs(self) -> int:
+        """Multiplications."""
+        return self.batch * self.inputs * self.outputs
+
+
+LINEAR = (Linear(512, 1000, 1), Linear(512, 1000, 64))
+# Random 16-bit entries, and the exact product and so many random terms beside it.
+TABLES = ("any table", "rank 1", "rank 4")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median seconds of each way to compute a case, those of the tables by their names."""
+
+    case: Case | Linear
+    seconds: Mapping[str, float]
     native: float
     gather: float
 
-    @property
-    def ratio(self) -> float:
+    def ratio(self, table: str) -> float:
         """Speed as a share of native fp32."""
-        return self.native / self.seconds
+        return self.native / self.seconds[table]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -86,9 +111,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 @numba.njit(parallel=True)
 def naive_gather(x, w, table, stride, y):  # noqa: ANN001, ANN201
-    """The obvious loop: one lookup a product, 3×3, padding 1 by the caller, groups as the shapes say."""
+    """The obvious loop: one lookup a product, padding by the caller, groups as the shapes say."""
     batch, filters, out_h, out_w = y.shape
-    depth = w.shape[1]
+    _, depth, kernel_h, kernel_w = w.shape
     per_group = filters // (x.shape[1] // depth)
     for job in numba.prange(batch * filters):
         b, o = job // filters, job % filters
@@ -97,13 +122,13 @@ def naive_gather(x, w, table, stride, y):  # noqa: ANN001, ANN201
             for j in range(out_w):
                 total = 0
                 for c in range(depth):
-                    for r in range(3):
-                        for s in range(3):
+                    for r in range(kernel_h):
+                        for s in range(kernel_w):
                             total += table[x[b, first + c, i * stride + r, j * stride + s], w[o, c, r, s]]
                 y[b, o, i, j] = total
 
 
-def _medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     """Median seconds of each function, the runs interleaved so that all see the same machine."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
@@ -115,64 +140,101 @@ def _medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[fl
     return [statistics.median(seen) for seen in times]
 
 
-def measure(case: Case, repeats: int) -> Measurement:
-    """Time one case; the three results are compared with each other on the way."""
+def table_of(name: str, generator: torch.Generator) -> torch.Tensor:
+    """One of `TABLES`, for unsigned activations and signed weights."""
+    if name == "any table":
+        return torch.randint(-(2**15), 2**15, (256, 256), dtype=torch.int32, generator=generator)
+    rank = int(name.removeprefix("rank "))
+    f, g = (torch.randint(-128, 128, (256, rank), dtype=torch.int32, generator=generator) for _ in range(2))
+    codes = torch.arange(256, dtype=torch.int32)
+    return torch.outer(codes, codes.to(torch.int8).int()) + f @ g.T
+
+
+def measure(case: Case | Linear, repeats: int) -> Measurement:
+    """Time one case; every result is compared with a naive gather's on the way."""
     generator = torch.Generator().manual_seed(0)
-    groups = case.channels if case.depthwise else 1
-    shape = (case.channels, case.channels // groups, 3, 3)
-    x = torch.randint(0, 256, (BATCH, case.channels, case.size, case.size), dtype=torch.uint8, generator=generator)
-    w = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    table = torch.randint(-(2**15), 2**15, (256, 256), dtype=torch.int32, generator=generator)
-    geometry = ([case.stride] * 2, [1, 1], [1, 1])
     ops = torch.ops.approxconv
-    out = (case.size - 1) // case.stride + 1
-    y = torch.empty(BATCH, case.channels, out, out, dtype=torch.int32)
-    padded, arrays = F.pad(x, (1, 1, 1, 1)).numpy(), (w.numpy(), table.numpy())
+    tables = {name: table_of(name, generator) for name in TABLES}
+    if isinstance(case, Linear):
+        shapes = (case.batch, case.inputs), (case.outputs, case.inputs)
+        x, w = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes)
+        y = torch.empty(case.batch, case.outputs, dtype=torch.int32)
+        images, filters, results = x[:, :, None, None], w[:, :, None, None], y[:, :, None, None]
+        stride, padding = 1, 0
+        xf, wf = x.float(), w.float()
+        natives = [lambda: F.linear(xf, wf)]
 
-    def approximate() -> torch.Tensor:
-        if case.depthwise:
-            return ops.lut_dwconv2d(x, w, table, *geometry, 0, engine="cpu")
-        return ops.lut_conv2d(x, w, table, *geometry, groups, 0, engine="cpu")
+        def approximate(table: torch.Tensor) -> torch.Tensor:
+            return ops.lut_matmul(x, w, table)
+    else:
+        groups = case.channels if case.depthwise else 1
+        shape = (case.channels, case.channels // groups, 3, 3)
+        x = torch.randint(0, 256, (BATCH, case.channels, case.size, case.size), dtype=torch.uint8, generator=generator)
+        w = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        out = (case.size - 1) // case.stride + 1
+        y = torch.empty(BATCH, case.channels, out, out, dtype=torch.int32)
+        images, filters, results, stride, padding = x, w, y, case.stride, 1
+        geometry = ([stride] * 2, [padding] * 2, [1, 1])
 
-    def native(memory_format: torch.memory_format) -> Callable[[], torch.Tensor]:
-        xf, wf = (t.float().contiguous(memory_format=memory_format) for t in (x, w))
-        return lambda: F.conv2d(xf, wf, None, case.stride, 1, 1, groups)
+        def approximate(table: torch.Tensor) -> torch.Tensor:
+            if case.depthwise:
+                return ops.lut_dwconv2d(x, w, table, *geometry, 0)
+            return ops.lut_conv2d(x, w, table, *geometry, groups, 0)
 
-    def gather() -> None:
-        naive_gather(padded, *arrays, case.stride, y.numpy())
+        def native(memory_format: torch.memory_format) -> Callable[[], torch.Tensor]:
+            xf, wf = (t.float().contiguous(memory_format=memory_format) for t in (x, w))
+            return lambda: F.conv2d(xf, wf, None, stride, padding, 1, groups)
+
+        natives = [native(torch.contiguous_format), native(torch.channels_last)]
+    padded = F.pad(images, [padding] * 4).numpy()
+
+    def gather(table: torch.Tensor) -> None:
+        naive_gather(padded, filters.numpy(), table.numpy(), stride, results.numpy())
 
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    natives = [native(torch.contiguous_format), native(torch.channels_last)]
-    gather()
-    if not torch.equal(approximate(), y):
-        raise AssertionError(f"{case.name}: the engine and the naive gather disagree")
-    seconds, *native_seconds = _medians([approximate, *natives], repeats)
-    (gather_seconds,) = _medians([gather], max(1, repeats // 5))
-    return Measurement(case, seconds, min(native_seconds), gather_seconds)
+    for name, table in tables.items():
+        gather(table)
+        if not torch.equal(approximate(table), y):
+            raise AssertionError(f"{case.name}, {name}: the operator and the naive gather disagree")
+    ours = [partial(approximate, table) for table in tables.values()]
+    times = medians([*ours, *natives], repeats)
+    (gather_seconds,) = medians([partial(gather, tables["any table"])], max(1, repeats // 5))
+    seconds = dict(zip(tables, times, strict=False))
+    return Measurement(case, seconds, min(times[len(tables) :]), gather_seconds)
 
 
 def markdown(rows: Sequence[Measurement]) -> str:
     """The table, and the means that the README quotes."""
     lines = [
-        "`lut_conv2d` and `lut_dwconv2d` with a random 16-bit table, engine `cpu`, batch 16, 3×3 kernels, padding 1; "
-        "native is fp32 `F.conv2d` in whichever of NCHW and channels_last is faster; the naive gather is a Numba "
-        "`prange` loop that looks each product up. Medians of interleaved runs.",
+        "`lut_conv2d`, `lut_dwconv2d` and `lut_matmul` with the engine that `auto` takes; convolutions have batch"
+        " 16, 3×3 kernels and padding 1. *Any table*: random 16-bit entries. *Rank r*: the exact product and r "
+        "random terms of 8-bit factors. Native is fp32 `F.conv2d` in whichever of NCHW and channels_last is "
+        "faster, or `F.linear`; the naive gather is a Numba `prange` loop that looks each product up. Medians of "
+        "interleaved runs; a ratio is native time divided by ours.",
         "",
-        "| layer | approxconv ms | native ms | gather ms | approxconv GMAC/s | native GMAC/s | ratio to native "
-        "| times gather |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| layer | {' | '.join(f'{name} ms' for name in TABLES)} | native ms | gather ms "
+        f"| {' | '.join(f'{name} GMAC/s' for name in TABLES)} | native GMAC/s "
+        f"| {' | '.join(f'{name} ratio' for name in TABLES)} | any table, times gather |",
+        "|---" * (3 * len(TABLES) + 5) + "|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row.case.name} | {1e3 * row.seconds:.2f} | {1e3 * row.native:.2f} | {1e3 * row.gather:.1f} "
-            f"| {row.case.macs / row.seconds / 1e9:.1f} | {row.case.macs / row.native / 1e9:.1f} "
-            f"| {row.ratio:.2f} | {row.gather / row.seconds:.1f} |"
-        )
+        seconds = [row.seconds[name] for name in TABLES]
+        cells = [
+            row.case.name,
+            *(f"{1e3 * value:.2f}" for value in (*seconds, row.native)),
+            f"{1e3 * row.gather:.1f}",
+            *(f"{row.case.macs / value / 1e9:.1f}" for value in (*seconds, row.native)),
+            *(f"{row.ratio(name):.2f}" for name in TABLES),
+            f"{row.gather / row.seconds[TABLES[0]]:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for kind in dict.fromkeys(row.case.kind for row in rows):
+    for kind in dict.fromkeys(row.case.kind for row in rows if row.case.kind != Linear.kind):
         some = [row for row in rows if row.case.kind == kind]
-        ratio = geometric_mean([row.ratio for row in some])
-        gain = geometric_mean([row.gather / row.seconds for row in some])
-        lines.append(f"Geometric mean, {kind}: {ratio:.2f} of native fp32, {gain:.1f} times the naive gather.")
+        ratios = ", ".join(f"{name} {geometric_mean([row.ratio(name) for row in some]):.2f}" for name in TABLES)
+        gain = geometric_mean([row.gather / row.seconds[TABLES[0]] for row in some])
+        lines.append(
+            f"Geometric mean of the ratio to native fp32, {kind}: {ratios}; any table {gain:.1f} times the gather."
+        )
         lines.append("")
     return "\n".join(lines)

@@ -4,11 +4,12 @@ import shutil
 import pytest
 import torch
 
+from approxconv import get_multiplier
 from approxconv.engines import reference
 from approxconv.kernels import compile_kernel, use_source
 from approxconv.kernels.host import run_on_host
-from benchmarks import gpu
-from benchmarks.cpu import CASES, Case, geometric_mean, measure
+from benchmarks import cpu, gpu, multipliers, training
+from benchmarks.cpu import CASES, Case, Linear, geometric_mean, measure
 
 
 def test_cases_are_the_layers_they_are_named_after():
@@ -18,11 +19,38 @@ def test_cases_are_the_layers_they_are_named_after():
     assert sum(case.depthwise for case in CASES) == 10
 
 
-@pytest.mark.parametrize("case", [Case("ResNet-18", 8, 6), Case("MobileNetV2 depthwise", 5, 7, 2)])
+@pytest.mark.parametrize(
+    "case",
+    [Case("ResNet-18", 8, 6), Case("MobileNetV2 depthwise", 5, 7, 2), Linear(9, 5, 2)],
+    ids=lambda case: case.name,
+)
 def test_a_small_case_is_measured(case):
     result = measure(case, repeats=2)
-    assert min(result.seconds, result.native, result.gather) > 0
-    assert result.ratio == result.native / result.seconds
+    assert min(*result.seconds.values(), result.native, result.gather) > 0
+    assert result.ratio("rank 1") == result.native / result.seconds["rank 1"]
+    assert f"| {case.name} |" in cpu.markdown([result])
+
+
+def test_a_training_step_is_measured():
+    step = training.measure(Case("ResNet-18", 4, 5), repeats=2)
+    assert min(*step.seconds.values(), step.fake_quantised, step.native) > 0
+    assert f"| {step.case.name} |" in training.markdown([step])
+
+
+def test_multipliers_are_measured_and_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(multipliers, "SIZE", 3)
+    monkeypatch.setattr(multipliers, "CHANNELS", 4)
+    rows = [multipliers.measure(get_multiplier(name), repeats=2) for name in ("kulkarni_8s", "mitchell_8u")]
+    assert [(row.rank, row.products) for row in rows] == [(1, 2), (None, 0)]
+    text = multipliers.markdown(rows)
+    assert "| kulkarni_8s | 1 | 2 | " in text
+    assert "| mitchell_8u | – | – | " in text
+    multipliers.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_zoo_s_choice_exists():
+    assert set(multipliers.ZOO) <= set(map(str, (get_multiplier(name).name for name in multipliers.ZOO)))
 
 
 def test_geometric_mean():

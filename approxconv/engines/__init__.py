@@ -18,8 +18,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
-ENGINES = ("reference", "cpu", "cuda", "host_cuda")
+from .work import Work
+
+ENGINES = ("reference", "cpu", "factored", "truncated", "cuda", "host_cuda", "host_factored")
 _KERNEL_ENGINES = ("cuda", "host_cuda")
 _DEVICE_ENGINE = {"cpu": "cpu", "cuda": "cuda"}
 _override: ContextVar[str] = ContextVar("approxconv_engine", default="auto")
@@ -32,6 +35,10 @@ class EngineError(RuntimeError):
 def check_engine(name: str) -> str:
     """Return `name` if it is ``"auto"`` or an engine, else raise a ValueError that lists them."""
     base, colon, kernel = name.partition(":")
+    if base == "truncated":
+        if not kernel.isdecimal():
+            raise ValueError(f"engine 'truncated' needs a rank, as in 'truncated:4', got {name!r}")
+        return name
     if name != "auto" and (base not in ENGINES or (colon and (not kernel or base not in _KERNEL_ENGINES))):
         raise ValueError(
             f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, or 'cuda:KERNEL' or 'host_cuda:KERNEL' "
@@ -41,21 +48,31 @@ def check_engine(name: str) -> str:
 
 
 @contextmanager
-def use_engine(name: str) -> Iterator[None]:
+def use_engine(name: str, *, rank: int | None = None) -> Iterator[None]:
     """Run every op and layer that leaves its engine at ``"auto"`` on engine `name` within this context.
 
     Parameters
     ----------
     name : str
-        ``"reference"`` (gather and sum, any device), ``"cpu"`` (row tables in Numba), ``"cuda"``, ``"host_cuda"`` (the
-        CUDA kernels on the CPU, slowly) or ``"auto"``. ``"cuda:KERNEL"`` and ``"host_cuda:KERNEL"`` use the kernel
-        source ``KERNEL.cu`` for those operators whose kernels it defines.
+        ``"reference"`` (gather and sum, any device), ``"cpu"`` (row tables in Numba), ``"factored"`` (products of 8-bit
+        integers, for tables of low rank), ``"cuda"``, ``"host_cuda"`` and ``"host_factored"`` (the CUDA kernels on the
+        CPU, slowly), ``"truncated"`` (**approximate**: the table's best approximation of a rank) or ``"auto"``, which
+        chooses the fastest exact one. ``"cuda:KERNEL"`` and ``"host_cuda:KERNEL"`` use the kernel source ``KERNEL.cu``
+        for those operators whose kernels it defines.
+    rank : int, optional
+        Of engine ``"truncated"``, which is ``"truncated:RANK"`` where only a name can be given.
 
     Raises
     ------
     ValueError
-        There is no such engine.
+        There is no such engine, or a rank beside another one.
     """
+    if rank is not None:
+        if name != "truncated" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(
+                f"rank must be an int of at least 0 beside engine 'truncated', got {name!r}, rank={rank!r}"
+            )
+        name = f"truncated:{rank}"
     token = _override.set(check_engine(name))
     try:
         yield
@@ -66,6 +83,8 @@ def use_engine(name: str) -> Iterator[None]:
 def select(name: str, device: torch.device) -> Any:
     """Return the engine for `name` on `device`: something with the three functions.
 
+    ``"auto"`` without more is the innermost `use_engine`, else the device's row tables; see `choose`.
+
     Raises
     ------
     ValueError
@@ -75,15 +94,41 @@ def select(name: str, device: torch.device) -> Any:
     ImportError
         It needs a package that is not installed; the message names the extra.
     """
-    if check_engine(name) == "auto":
-        name = _override.get()
+    name = requested(name)
     if name == "auto":
         name = _DEVICE_ENGINE.get(device.type, "reference")
-    base, _, kernel = name.partition(":")
+    base, _, variant = name.partition(":")
     engine = import_module(f".{base}", __name__)
-    if kernel:
-        engine = engine.with_kernel(kernel)
+    if variant:
+        engine = engine.with_rank(int(variant)) if base == "truncated" else engine.with_kernel(variant)
     reason = engine.unavailable(device)
     if reason is not None:
         raise EngineError(f"engine {name!r} cannot run here: {reason}")
     return engine
+
+
+def requested(name: str) -> str:
+    """The engine that is asked for by `name`, or where that is ``"auto"`` by `use_engine`."""
+    return _override.get() if check_engine(name) == "auto" else name
+
+
+def choose(name: str, table: Tensor, work: Work) -> tuple[str, Any]:
+    """Return the name and the engine for some work: for ``"auto"`` the one that should be fastest, of the exact ones.
+
+    Raises
+    ------
+    ValueError, EngineError, ImportError
+        As `select`.
+    """
+    name = requested(name)
+    engine = select(name, table.device)
+    if name != "auto":
+        return name, engine
+    if table.device.type not in _DEVICE_ENGINE:
+        return "reference", engine
+    if not work.is_small:
+        from . import factored
+
+        if factored.weigh(work, table).is_faster:
+            return "factored", factored
+    return _DEVICE_ENGINE[table.device.type], engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ def byte_form(factors: Factorization) -> ByteForm:
     pairs = [tuple(values), *pairs] if factors.scale else pairs
     rows, columns = np.zeros(factors.f.shape[1], np.int64), np.zeros(factors.g.shape[1], np.int64)
     u, v = [], []
-    for f, g in pairs:
+    for f, g in _merged(pairs):
         if (g == g[0]).all():
             rows += g[0] * f
         elif (f == f[0]).all():
@@ -94,3 +95,27 @@ def byte_form(factors: Factorization) -> ByteForm:
         by_row,
         whole([columns], len(columns), np.int32)[0],
     )
+
+
+def _merged(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Fewer pairs with the same ``Σ f⊗g``: those with a factor in common are one where a byte holds the others' sum.
+
+    A factor beyond int8 was split into digits by `factorize`; an unsigned byte may hold it after all.
+    """
+    pairs = list(pairs)
+    for i, j in itertools.combinations(range(len(pairs)), 2):
+        if pairs[i] is None or pairs[j] is None:
+            continue
+        for side in (0, 1):
+            sign = _sign(pairs[i][side], pairs[j][side])
+            total = pairs[i][1 - side] + sign * pairs[j][1 - side]
+            if sign and np.ptp(total) < CODES:
+                pairs[j] = None
+                pairs[i] = (pairs[i][0], total) if side == 0 else (total, pairs[i][1])
+                break
+    return [pair for pair in pairs if pair is not None]
+
+
+def _sign(x: np.ndarray, y: np.ndarray) -> int:
+    """1 or −1 if y is that times x, else 0."""
+    return 1 if np.array_equal(x, y) else -1 if np.array_equal(x, -y) else 0

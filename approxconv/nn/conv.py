@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,18 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = nn.functional.pad(input, (left, right, top, bottom), mode=mode)
         return super()._integer_forward(input)
+
+    def operand_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:
+        """Shapes of the operator's x and w for an input of some shape, and stride, padding, dilation and groups."""
+        if len(shape) not in (3, 4) or shape[-3] != self.in_channels:
+            raise ValueError(f"shape must be (B, {self.in_channels}, H, W) or unbatched, got {tuple(shape)}")
+        conf = self._conf()
+        size = [
+            extent + before + after - 2 * inside
+            for extent, (before, after), inside in zip(shape[-2:], self._pads(), conf["padding"], strict=True)
+        ]
+        batch = shape[0] if len(shape) == 4 else 1
+        return (batch, self.in_channels, *size), tuple(self.weight.shape), tuple(conf.values())
 
     def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int) -> Tensor:
         conf = self._conf()

@@ -209,7 +209,8 @@ class ApproxLayer(nn.Module):
             known = self._quantized = (self.weight, state, quantized)
         return known[2]
 
-    def _operation_table(self) -> Tensor:
+    def operation_table(self) -> Tensor:
+        """The table that the layer looks up in its mode: the multiplier's, or the exact one of its formats."""
         if self.mode == "approximate":
             return self.table
         formats = (self.activation_format, self.weight_format)
@@ -219,14 +220,15 @@ class ApproxLayer(nn.Module):
     def _integer_forward(self, input: Tensor) -> Tensor:
         """Quantise, look up and add, take the zero points out, rescale, add the bias.
 
-        The layer supplies its operator: ``_lookup(x_codes, w_codes, table, pad_code)`` to int32 sums,
+        The layer supplies its operator: ``operand_shapes(input_shape)``, those of both operands and a convolution's
+        geometry, ``_lookup(x_codes, w_codes, table, pad_code)`` to int32 sums,
         ``_code_sums(x_codes, zero_point)`` to the Σ_k xq behind each sum, ``_gradient(grad, x, w, needs)`` to the exact
         operator's ``(grad_x, grad_w)``, and `_channel_dim`, where the output channels lie, from the end.
         """
         real, weight = input.float(), self.quantized_weight()
         zero_point = host_int(self.activation_zero_point)
         codes = self.activation_format.quantize(real, self.activation_scale, self.activation_zero_point)
-        table = self._operation_table()
+        table = self.operation_table()
         depth = weight.codes[0].numel()
         largest = max(prepare(table).magnitude, 2 ** (self.activation_format.bits + self.weight_format.bits))
         column = (-1, *[1] * (-self._channel_dim - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ class ApproxLinear(ApproxLayer, nn.Linear):
         if input.ndim == 1:
             return self._integer_forward(input.unsqueeze(0)).squeeze(0)
         return super()._integer_forward(input)
+
+    def operand_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:
+        """Shapes of the operator's x and w for an input of some shape, and no geometry."""
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"shape must be (..., {self.in_features}), got {tuple(shape)}")
+        return (1,) * (len(shape) == 1) + tuple(shape), tuple(self.weight.shape), ()
 
     def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int) -> Tensor:
         return torch.ops.approxconv.lut_matmul(x, w, table, engine=self.engine)

@@ -12,17 +12,20 @@
 
 x and w hold codes, uint8 or int8 each; of a byte the low ``a_bits`` or ``w_bits`` count. `table` is int32
 ``(2**a_bits, 2**w_bits)``. All are on one device. ``K·max|table| ≥ 2³¹`` is a ValueError: a sum could wrap.
-The keyword `engine` names an engine; ``"auto"`` follows `approxconv.use_engine`, then the device.
+The keyword `engine` names an engine; ``"auto"`` follows `approxconv.use_engine`, then what should be fastest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engines import select
+from ..engines import choose
+from ..engines.work import Work, record
 from ..geometry import conv_output_size, pair
 from ..multiplier import check_table_shape, prepare
 
@@ -115,13 +118,24 @@ def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8)
 
 
+def _timed(engine: str, work: Work, device: torch.device, operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call; on the CPU, where a call ends with its work, remember how long it took (`approxconv.explain`)."""
+    if device.type != "cpu":
+        return operator(*arguments)
+    start = time.perf_counter()
+    y = operator(*arguments)
+    record(engine, work, time.perf_counter() - start)
+    return y
+
+
 def _lut_matmul(x: Tensor, w: Tensor, table: Tensor, *, engine: str = "auto") -> Tensor:
     shape = _matmul_shape(x, w, table)
-    run = select(engine, x.device)
+    work = Work.matmul(x.shape, w.shape)
+    engine, run = choose(engine, table, work)
     _check_sums(x.shape[-1], table)
     if 0 in shape or x.shape[-1] == 0:
         return x.new_zeros(shape, dtype=torch.int32)
-    return run.lut_matmul(_bytes(x), _bytes(w), table)
+    return _timed(engine, work, x.device, run.lut_matmul, _bytes(x), _bytes(w), table)
 
 
 def _lut_conv2d(
@@ -137,12 +151,14 @@ def _lut_conv2d(
     engine: str = "auto",
 ) -> Tensor:
     shape = _conv_shape(x, w, table, stride, padding, dilation, groups, pad_code)
-    run = select(engine, x.device)
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    work = Work.conv2d(x.shape, w.shape, *geometry, groups)
+    engine, run = choose(engine, table, work)
     _check_sums(w.shape[1] * w.shape[2] * w.shape[3], table)
     if 0 in shape or w.shape[1] == 0:
         return x.new_zeros(shape, dtype=torch.int32)
-    stride, padding, dilation = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
-    return run.lut_conv2d(_bytes(x), _bytes(w), table, stride, padding, dilation, groups, pad_code & 0xFF)
+    arguments = (_bytes(x), _bytes(w), table, *geometry, groups, pad_code & 0xFF)
+    return _timed(engine, work, x.device, run.lut_conv2d, *arguments)
 
 
 def _lut_dwconv2d(
@@ -156,13 +172,16 @@ def _lut_dwconv2d(
     *,
     engine: str = "auto",
 ) -> Tensor:
-    shape = _conv_shape(x, w, table, stride, padding, dilation, _dwconv_groups(x, w), pad_code)
-    run = select(engine, x.device)
+    groups = _dwconv_groups(x, w)
+    shape = _conv_shape(x, w, table, stride, padding, dilation, groups, pad_code)
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    work = Work.conv2d(x.shape, w.shape, *geometry, groups, "lut_dwconv2d")
+    engine, run = choose(engine, table, work)
     _check_sums(w.shape[2] * w.shape[3], table)
     if 0 in shape:
         return x.new_zeros(shape, dtype=torch.int32)
-    stride, padding, dilation = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
-    return run.lut_dwconv2d(_bytes(x), _bytes(w), table, stride, padding, dilation, pad_code & 0xFF)
+    arguments = (_bytes(x), _bytes(w), table, *geometry, pad_code & 0xFF)
+    return _timed(engine, work, x.device, run.lut_dwconv2d, *arguments)
 
 
 def _fake_matmul(x: Tensor, w: Tensor, table: Tensor, *, engine: str = "auto") -> Tensor:

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from approxconv.engines import cpu, reference
-from approxconv.engines.cpu import row_tables
+from approxconv.engines.cpu import row_tables, shuffles
 from approxconv.engines.cpu.depthwise import MAX_PLANE, PLANE
-from approxconv.engines.cpu.row_tables import BUILD_ROWS, LANES, MAX_ROWS, MIN_ROWS, STEPS
+from approxconv.engines.cpu.row_tables import BUILD_ROWS, FEW_STEPS, MAX_ROWS, MIN_ROWS, STEPS, TILE
+from approxconv.engines.cpu.shuffles import BAND, BYTES, CODES, MAX_TAPS, RUN
 
 # name: (lowest entry, highest entry, sides)
 RANGES = {
@@ -102,13 +103,6 @@ def layouts(generator, x_shape, w_shape):
 
 
 @pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def little_scratch(monkeypatch):
     """Blocks of few rows, and few channels at a time."""
     monkeypatch.setattr(row_tables, "_SCRATCH_WORKER", 3000)
@@ -128,31 +122,33 @@ def oracle(operator, *arguments):
         torch.set_num_threads(threads)
 
 
-def check(operator, *arguments, label=""):
+def check(operator, *arguments, label="", ways=("",)):
+    """In all `ways`: an iterable that prepares each, and names it."""
     expected = oracle(operator, *arguments)
-    y = run(cpu, operator, *arguments)
-    assert (y.dtype, y.shape, y.is_contiguous()) == (torch.int32, expected.shape, True)
-    assert torch.equal(y, expected), label
+    for way in ways:
+        y = run(cpu, operator, *arguments)
+        assert (y.dtype, y.shape, y.is_contiguous()) == (torch.int32, expected.shape, True)
+        assert torch.equal(y, expected), f"{label} {way}"
 
 
 # Matrix products
 
 
-FEW = BUILD_ROWS // (LANES - 1)  # the most rows that 16 columns gather for
+FEW = BUILD_ROWS // (TILE - 1)  # the most rows that a tile of columns gathers for
 SIZES = [
     (1, 1),
-    (1, LANES + 1),
-    (3, 2 * LANES - 1),
-    (FEW, LANES),
-    (FEW + 1, LANES),
-    (FEW + 1, 3 * LANES + 1),
+    (1, TILE + 1),
+    (3, 2 * TILE - 1),
+    (FEW, TILE),
+    (FEW + 1, TILE),
+    (FEW + 1, 3 * TILE + 1),
     (BUILD_ROWS, 2),
     (BUILD_ROWS + 1, 2),
     (MIN_ROWS - 1, 3),
-    (2 * MIN_ROWS + 1, LANES - 1),
-    (MAX_ROWS - 1, LANES),
+    (2 * MIN_ROWS + 1, TILE - 1),
+    (MAX_ROWS - 1, TILE),
     (MAX_ROWS, 1),
-    (MAX_ROWS + 1, LANES + 2),
+    (MAX_ROWS + 1, TILE + 2),
     (2 * MAX_ROWS + 1, 2),
 ]
 
@@ -161,13 +157,13 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES)
 def test_matmul(table, size):
     generator = torch.Generator().manual_seed(1)
-    depths = {1, STEPS - 1, STEPS, STEPS + 1, 2 * STEPS + 1, 16 * STEPS + 1}
+    depths = {1, STEPS - 1, STEPS, STEPS + FEW_STEPS, 2 * STEPS + 1, 8 * STEPS + FEW_STEPS + 1}
     for depth, (rows, columns) in itertools.product(sorted(depths), (size, size[::-1])):
         check("lut_matmul", codes(generator, rows, depth), codes(generator, columns, depth), table)
 
 
 @some_tables
-@pytest.mark.parametrize("size", [(5, 7), (70, 40), (3, 600), (MIN_ROWS + 1, LANES + 1)])
+@pytest.mark.parametrize("size", [(5, 7), (70, 40), (3, 600), (MIN_ROWS + 1, TILE + 1)])
 @pytest.mark.parametrize("turn", [False, True])
 def test_matmul_of_strided_operands(table, size, turn, little_scratch):
     generator = torch.Generator().manual_seed(2)
@@ -216,7 +212,7 @@ def test_batched_matmul(table, case):
         check("lut_matmul", x, w, table)
 
 
-@pytest.mark.parametrize("size", [(MAX_ROWS, 1), (MAX_ROWS, LANES + 1), (1, MAX_ROWS)])
+@pytest.mark.parametrize("size", [(MAX_ROWS, 1), (MAX_ROWS, TILE + 1), (1, MAX_ROWS)])
 @some_tables
 def test_matmul_deeper_than_the_scratch(size, table, set_threads):
     set_threads(1)  # more threads would take fewer rows each
@@ -227,7 +223,7 @@ def test_matmul_deeper_than_the_scratch(size, table, set_threads):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("depth", [1, 3, STEPS, 2 * STEPS + 1])
-@pytest.mark.parametrize("size", [(2, 3), (FEW + 1, LANES)])
+@pytest.mark.parametrize("size", [(2, 3), (FEW + 1, TILE)])
 @pytest.mark.parametrize("span", [0, 2**16 - 1, 2**16])
 def test_sums_next_to_the_ends_of_int32(sign, depth, size, span):
     generator = torch.Generator().manual_seed(5)
@@ -237,6 +233,28 @@ def test_sums_next_to_the_ends_of_int32(sign, depth, size, span):
     x, w = codes(generator, size[0], depth), codes(generator, size[1], depth)
     x[0], w[0] = 0, 255
     check("lut_matmul", x, w, table.int())
+
+
+@some_tables
+@pytest.mark.parametrize("depth", [1, FEW_STEPS + 1, STEPS, STEPS + 7])
+def test_few_codes(table, depth):
+    """Tables are built only for the codes that occur, by the block that one vector of entries covers."""
+    generator = torch.Generator().manual_seed(13)
+    w = codes(generator, TILE + 1, depth)
+    for first, last in ((0, 0), (255, 255), (7, 8), (15, 16), (16, 31), (1, 254), (127, 128), (200, 203)):
+        x = torch.randint(first, last + 1, (BUILD_ROWS, depth), dtype=torch.uint8, generator=generator)
+        x[0], x[-1] = first, last
+        check("lut_matmul", x, w, table, label=f"{first} to {last}")
+
+
+@pytest.mark.parametrize("entry", [-(2**15), 2**15 - 1, -(2**31) // (3 * STEPS), (2**31 - 1) // (3 * STEPS)])
+@pytest.mark.parametrize("depth", [2, FEW_STEPS, 3 * STEPS])
+def test_all_entries_at_an_end(entry, depth):
+    """Sums of two 16-bit entries, and of more, overflow 16 bits."""
+    generator = torch.Generator().manual_seed(14)
+    table = torch.full((256, 256), entry, dtype=torch.int32)
+    table[0, 0] = -entry - 1 if abs(entry) <= 2**15 else entry  # both ends: no offset can make the others small
+    check("lut_matmul", codes(generator, BUILD_ROWS, depth), codes(generator, TILE, depth), table)
 
 
 # Convolutions
@@ -262,6 +280,11 @@ CONVOLUTIONS = {  # batch, channels, size, filters, kernel, stride, padding, dil
     "one_column": (2, 4, (40, 1), 6, (5, 1), (1, 1), (2, 0), (1, 1), 1),
     "one_row": (1, 4, (1, 300), 7, (1, 5), (1, 3), (0, 2), (1, 2), 1),
     "more_pixels_than_a_block": (1, 2, (70, 70), 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "padded_pixels": (2, 18, (20, 37), 33, (3, 2), (2, 1), (3, 1), (2, 3), 1),
+    "padded_pixels_beyond_the_input": (5, 35, (3, 7), 32, (3, 3), (1, 1), (4, 9), (1, 2), 1),
+    "pointwise_strided": (2, 16, (29, 40), 32, (1, 1), (2, 1), (0, 0), (1, 1), 1),
+    "pointwise_padded": (3, 20, (13, 12), 40, (1, 1), (1, 1), (1, 2), (1, 1), 1),
+    "blocks_within_a_row": (1, 16, (2, MAX_ROWS + 200), 4, (2, 3), (1, 2), (1, 1), (1, 2), 1),
     "images_across_blocks": (600, 2, (3, 3), 2, (3, 3), (1, 1), (1, 1), (1, 1), 1),
 }
 every_convolution = pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
@@ -286,7 +309,18 @@ def test_conv2d_in_pieces(table, case, little_scratch):
     check_conv2d(case, table, 0)
 
 
-@pytest.mark.parametrize("filters", [1, LANES + 1])
+@some_tables
+@pytest.mark.parametrize("scratch", [6_000, 30_000, 60_000])
+def test_conv2d_of_some_channels_at_a_time(table, scratch, monkeypatch):
+    """Padded pixels of one block of 16 channels after the other, or of two; a padding code that x does not have."""
+    monkeypatch.setattr(row_tables, "_SCRATCH_WORKER", scratch)
+    generator = torch.Generator().manual_seed(15)
+    for name in ("contiguous", "channels_last", "sliced"):
+        x, w = LAYOUTS[name](generator, 2, 53, 21, 19), codes(generator, TILE + 3, 53, 3, 3)
+        check("lut_conv2d", x % 90, w, table, (1, 1), (1, 2), (1, 1), 1, 255, label=name)
+
+
+@pytest.mark.parametrize("filters", [1, TILE + 1])
 def test_conv2d_with_more_channels_than_the_scratch_holds(filters, set_threads):
     set_threads(1)
     generator = torch.Generator().manual_seed(7)
@@ -324,6 +358,20 @@ DEPTHWISE = {  # batch, channels, size, kernel, stride, padding, dilation
     "strided_bands": (1, 2, (90, 61), (3, 3), (2, 2), (1, 1), (2, 1)),
     "a_row_a_band": (1, 1, (5, PLANE - 2), (3, 3), (1, 1), (1, 1), (1, 1)),
     "a_row_wider_than_a_band": (1, 2, (3, PLANE + 30), (2, 4), (1, 1), (0, 1), (1, 1)),
+    # Shuffles move as many rows at once as fill a vector, and as end within a table's length of each other.
+    "images_across_bands": (BAND // 64 + 2, 3, (7, 7), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "whole_channel_blocks": (3, 2 * LANES, (14, 14), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "rows_of_a_vector": (1, 3, (5, BYTES - 1), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rows_past_a_vector": (2, LANES, (5, BYTES), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rows_of_many_vectors": (2, 2, (4, 2 * RUN + 9), (3, 2), (1, 1), (1, 1), (1, 1)),
+    "strided_rows_of_a_vector": (2, 3, (9, 2 * BYTES - 1), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "strided_rows_past_a_vector": (2, 3, (9, 2 * BYTES + 1), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "stride_4": (2, 2, (9, CODES + 8), (3, 5), (4, 4), (1, 2), (1, 1)),
+    "stride_5": (2, 2, (11, CODES + 70), (3, 5), (5, 5), (1, 2), (1, 1)),
+    "rows_far_apart": (2, 2, (20, 31), (3, 3), (9, 2), (1, 1), (1, 1)),
+    "taps_128": (2, 2, (1, MAX_TAPS), (1, MAX_TAPS), (1, 1), (0, 5), (1, 1)),
+    "taps_129": (1, 2, (3, 9), (3, MAX_TAPS // 3 + 1), (1, 1), (0, MAX_TAPS // 6), (1, 1)),
+    "too_many_phases": (1, 1, (64, 50), (32, 25), (32, 25), (0, 0), (1, 1)),
 }
 WIDE = {  # one row of these reaches MAX_PLANE pixels, or one more
     "the_widest_row": (1, 2, (1, MAX_PLANE), (1, 3), (1, 1), (0, 0), (1, 1)),
@@ -334,25 +382,49 @@ WIDE = {  # one row of these reaches MAX_PLANE pixels, or one more
 }
 
 
-def check_dwconv2d(case, multiplier, table, pad_code, count):
+@pytest.fixture
+def both_ways(monkeypatch):
+    """By shuffles, where the CPU has them, and by row tables."""
+
+    def each():
+        for shuffled in {shuffles.SHUFFLES, False}:
+            with monkeypatch.context() as patch:
+                patch.setattr(shuffles, "SHUFFLES", shuffled)
+                yield "by shuffles" if shuffled else "by row tables"
+
+    return each
+
+
+def check_dwconv2d(case, multiplier, table, pad_code, count, both_ways):
     batch, channels, size, kernel, *geometry = case
     shapes = (batch, channels, *size), (channels * multiplier, 1, *kernel)
     for name, x, w in itertools.islice(layouts(torch.Generator().manual_seed(8), *shapes), count):
-        check("lut_dwconv2d", x, w, table, *geometry, pad_code, label=name)
+        check("lut_dwconv2d", x, w, table, *geometry, pad_code, label=name, ways=both_ways())
 
 
 @more_tables
-@pytest.mark.parametrize("multiplier", [1, 2, 3, 4, LANES + 1])
+@pytest.mark.parametrize("multiplier", [1, 2, 3, 4, TILE + 1])
 @pytest.mark.parametrize("case", DEPTHWISE.values(), ids=DEPTHWISE)
-def test_dwconv2d(case, multiplier, table):
-    check_dwconv2d(case, multiplier, table, 33, None)
+def test_dwconv2d(case, multiplier, table, both_ways):
+    check_dwconv2d(case, multiplier, table, 33, None, both_ways)
 
 
 @some_tables
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
-def test_dwconv2d_of_wide_rows(case, table):
-    check_dwconv2d(case, 1, table, 33, 2)
-    check_dwconv2d(case, 2, table, 33, 1)
+def test_dwconv2d_of_wide_rows(case, table, both_ways):
+    check_dwconv2d(case, 1, table, 33, 2, both_ways)
+    check_dwconv2d(case, 2, table, 33, 1, both_ways)
+
+
+@pytest.mark.parametrize("kernel", [(1, MAX_TAPS), (3, MAX_TAPS // 3 + 1), (19, 19)])
+@pytest.mark.parametrize("span", [2**16 - 1, 2**22 - 1])
+def test_dwconv2d_of_the_largest_sums(kernel, span, both_ways):
+    """All bytes of nearly all entries are 255."""
+    table = torch.full((256, 256), span, dtype=torch.int32)
+    table[7, 9] = 0
+    generator = torch.Generator().manual_seed(13)
+    x, w = codes(generator, 1, 2, 20, 2 * MAX_TAPS), codes(generator, 2, 1, *kernel)
+    check("lut_dwconv2d", x, w, table, (1, 1), (0, 0), (1, 1), 0, ways=both_ways())
 
 
 # Threads and processes
@@ -364,7 +436,7 @@ def sample_calls(generator):
     plain = (1, 1), (1, 1), (1, 1)
     return [
         ("lut_matmul", codes(generator, 3 * MIN_ROWS + 5, 11), codes(generator, 19, 11), table),
-        ("lut_matmul", codes(generator, 7, 40), codes(generator, 6 * LANES + 1, 40), table),
+        ("lut_matmul", codes(generator, 7, 40), codes(generator, 6 * TILE + 1, 40), table),
         ("lut_matmul", codes(generator, 7, 60, 9), codes(generator, 7, 17, 9), table),
         ("lut_conv2d", codes(generator, 2, 6, 50, 51), codes(generator, 9, 2, 3, 3), table, *plain, 3, 7),
         ("lut_conv2d", codes(generator, 1, 4, 9, 9), codes(generator, 90, 4, 3, 3), table, *plain, 1, 7),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...geometry import conv_output_size
 from ...multiplier import prepare
+from . import shuffles
 from .packing import copy_channels, copy_run
 from .row_tables import build, lut_conv2d
 from .threads import SCRATCH, even_ranges, flat, run
@@ -110,7 +111,7 @@ def _add_looked_up(_: Any, acc: Any, at: Any, table: Any, entries: Any, codes: A
 
 
 @jit
-def _fill_planes(
+def fill_planes(
     planes, plane, x, base, channels, strides, first_row, size, rows, cols, pad_w, pad_code, offsets
 ):  # fmt: skip
     """Copy `rows` image rows from `first_row` on, padded to `cols` columns, to one plane a channel."""
@@ -170,7 +171,7 @@ def _depthwise_block(
                         out_rows = min(band, out_h - out_row)
                         rows = (out_rows - 1) * step_h + dil_h * (kernel[0] - 1) + 1
                         used = rows * cols
-                        _fill_planes(
+                        fill_planes(
                             planes, plane, x, image * stride_image + first_channel * stride_c, channels,
                             (stride_c, stride_h, stride_w), out_row * step_h - pad_h, size,
                             rows, cols, pad_w, pad_code, offsets
@@ -209,6 +210,40 @@ def _depthwise_block(
                                         out[at + i * out_w + j] += acc[i * acc_cols + j]
 
 
+def _plan(
+    x: Tensor, w: Tensor, table: Tensor, geometry: Sequence[int], pad_code: int, y: Tensor
+) -> tuple[Any, tuple[Any, ...], int]:
+    """The block to run, its arguments without its ranges, and the bytes of scratch that a worker takes."""
+    _, channels, *size = x.shape
+    kernel, known = tuple(w.shape[2:]), prepare(table)
+    stride, dilation, (out_h, out_w) = geometry[:2], geometry[4:], y.shape[2:]
+    reach = dilation[0] * (kernel[0] - 1) + 1
+    cols = (out_w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
+    band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
+    plane = ((band - 1) * stride[0] + reach) * cols
+    # Codes and products of 16 channels, their tables, the sums.
+    worker_bytes = LANES * (plane + LANES) * (1 + known.rows.itemsize) + LANES * CODES * LANES * known.rows.itemsize
+    worker_bytes += 4 * (band * max(cols, out_w + LANES) + LANES)
+    arguments = (
+        flat(x),
+        x.stride(),
+        tuple(size),
+        kernel,
+        geometry,
+        np.uint8(pad_code),
+        w.contiguous().view(-1).numpy(),
+        w.shape[0] // channels,
+        known.columns.view(-1).numpy(),
+        np.int32(w[0].numel() * known.offset),
+        y.view(-1).numpy(),
+        (out_h, out_w),
+        channels,
+        band,
+        ((band - 1) * stride[0] + reach, cols),
+    )
+    return _depthwise_block, arguments, worker_bytes
+
+
 def lut_dwconv2d(
     x: Tensor,
     w: Tensor,
@@ -218,48 +253,27 @@ def lut_dwconv2d(
     dilation: Sequence[int],
     pad_code: int,
 ) -> Tensor:
-    """Row tables over the taps of each channel.
+    """Byte shuffles where the CPU has those of 128 entries, else row tables over the taps of each channel.
 
-    A grouped convolution where a row of pixels would not fit the scratch, or where each channel has so many filters
-    that these make the better lanes.
+    A grouped convolution where a row of pixels would not fit the scratch, or where row tables are used and each channel
+    has so many filters that these make the better lanes.
     """
     batch, channels, *size = x.shape
     kernel, geometry, multiplier = tuple(w.shape[2:]), (*stride, *padding, *dilation), w.shape[0] // channels
     out_h, out_w = conv_output_size(size, kernel, stride, padding, dilation)
-    reach = dilation[0] * (kernel[0] - 1) + 1
     cols = (out_w - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1
-    known = prepare(table)
     copied = 0 if w.is_contiguous() else w.numel()
-    if reach * cols > MAX_PLANE or multiplier > MAX_DEPTH_MULTIPLIER or copied > _MAX_COPY:
+    too_wide = (dilation[0] * (kernel[0] - 1) + 1) * cols > MAX_PLANE
+    if too_wide or copied > _MAX_COPY or (multiplier > MAX_DEPTH_MULTIPLIER and not shuffles.SHUFFLES):
         return lut_conv2d(x, w, table, stride, padding, dilation, channels, pad_code)
-    band = min(out_h, max(1, (PLANE // cols - reach) // stride[0] + 1))
-    plane = ((band - 1) * stride[0] + reach) * cols
-    # Codes and products of 16 channels, their tables, the sums.
-    worker_bytes = LANES * (plane + LANES) * (1 + known.rows.itemsize) + LANES * CODES * LANES * known.rows.itemsize
-    worker_bytes += 4 * (band * max(cols, out_w + LANES) + LANES)
     y = torch.empty(batch, w.shape[0], out_h, out_w, dtype=torch.int32)
+    plan = shuffles.plan(x, w, table, geometry, pad_code, y) if shuffles.SHUFFLES else None
+    block, arguments, worker_bytes = plan or _plan(x, w, table, geometry, pad_code, y)
     workers = max(1, min(torch.get_num_threads(), (SCRATCH - copied) // worker_bytes))
     blocks = -(-channels // LANES)
     channel_ranges = [
         (LANES * first, min(LANES * last, channels)) for first, last in even_ranges(blocks, min(blocks, 4 * workers))
     ]
     image_ranges = even_ranges(batch, min(batch, -(-workers // len(channel_ranges))))
-    common = (
-        flat(x),
-        x.stride(),
-        tuple(size),
-        kernel,
-        geometry,
-        np.uint8(pad_code),
-        w.contiguous().view(-1).numpy(),
-        multiplier,
-        known.columns.view(-1).numpy(),
-        np.int32(w[0].numel() * known.offset),
-        y.view(-1).numpy(),
-        (out_h, out_w),
-        channels,
-        band,
-        ((band - 1) * stride[0] + reach, cols),
-    )
-    run(_depthwise_block, [(*common, i, c) for i in image_ranges for c in channel_ranges], workers)
+    run(block, [(*arguments, i, c) for i in image_ranges for c in channel_ranges], workers)
     return y

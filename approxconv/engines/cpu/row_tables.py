@@ -1,68 +1,130 @@
 """Matrix products and convolutions by row tables.
 
-For 16 values of n and 8 of k the gather is done once for all 256 codes, ``T[k][a][n] = table[a, w[n, k]]``; then a row
-m costs eight contiguous vector adds ``acc[m, :] += T[k][x[m, k], :]``. The tables of a block are built once and serve
+For 32 values of n and 16 of k the gather is done once for all 256 codes, ``T[k][a][n] = table[a, w[n, k]]``; then a row
+m costs sixteen contiguous vector adds ``acc[m, :] += T[k][x[m, k], :]``. The tables of a block are built once and serve
 all its rows, up to 4,096. Where there are too few rows or columns for that to pay, entries are gathered one by one.
 
-Convolution is the same on implicit patches: a block of output pixels is packed k-major, channel group by channel group,
-into a scratch buffer of bounded size.
+Convolution is the same on implicit patches. The codes of 16 channels of one pixel lie together, so that a tap of 16
+k's is a pixel of the padded input at some distance from the output pixel's first; inputs of fewer channels are packed
+patch by patch. Either is done channel group by channel group, in a scratch buffer of bounded size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
-from .packing import pack, runs_of
+from .packing import STEPS, ends_of, flush_tile, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
-from .vectors import CODES, LANES, data_of, element_type, i32, i64, jit, transpose, vector_at
+from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
-STEPS = 8  # k's a pass: their int16 tables are 64 KiB and stay in the caches closest to the core
-MAX_ROWS = 4096  # rows a block: their sums (256 KiB) stay in the second-level cache
+TILE = 2 * LANES  # lanes of a table: 16-bit rows are one cache line each
+ALIGNMENT = 64
+FEW_STEPS = 4  # k's a pass where fewer than STEPS are left
+MAX_ROWS = 4096  # rows a block: their sums (512 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
-BUILD_ROWS = 512  # building one k of a row table costs about as much as adding it to this many rows
+BUILD_ROWS = 800  # building one k of a row table costs about as much as adding it to this many rows
 _SCRATCH_WORKER = 4 * 2**20  # of packed codes
 _MIN_PACKED = 2**19
-_BLOCK_BYTES = 2**20 * 5 // 8  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
-_OFFSET_BYTES = 8  # of the offset of each k's weight
+_BLOCK_BYTES = 2**19 * 3  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
+_OFFSET_BYTES = 9  # of the offset of each k's weight, and its share of its group
+
+
+def halves(places: int, bits: int) -> tuple[list[int], list[int]]:
+    """Which of a vector's places the in-lane unpacks of `bits`-wide elements take: the lower, and the upper halves."""
+    width = 64 // bits
+    return tuple([n for n in range(places) if n // width % 2 == half] for half in (0, 1))
+
+
+_LOW, _HIGH = halves(TILE, 16)  # places in a row of 16-bit entries whose sums are lanes 0-15 and 16-31
+
+
+def _lane_order(bits: int) -> list[int]:
+    """The lane at each place of a row: for 16 bits the one that lets `_add_rows` unpack within 128-bit lanes only."""
+    return [i for _, i in sorted((n, i) for i, n in enumerate(_LOW + _HIGH))] if bits == 16 else list(range(TILE))
+
+
+def picked(builder: Any, first: Any, second: Any, places: Iterable[int]) -> Any:
+    """The elements at `places` of two vectors, one after the other."""
+    mask = [i32(n) for n in places]
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(i32, len(mask)), mask))
+
+
+def _add_neighbours(context: Any, builder: Any, pairs: Any) -> Any:
+    """Sums of neighbours among 32 16-bit integers, as 16 of 32 bits, by a product with ones; None where none is known.
+
+    It is exact, and LLVM makes one instruction of it and the addition that follows where the CPU has such.
+    """
+    features = context.codegen().magic_tuple()[2].split(",")  # of the CPU that Numba compiles for
+    if "+avx512bw" in features:
+        name, parts = "llvm.x86.avx512.pmaddw.d.512", 1
+    elif "+avx2" in features:
+        name, parts = "llvm.x86.avx2.pmadd.wd", 2
+    else:
+        return None
+    width = TILE // parts
+    taken, sums = ir.VectorType(ir.IntType(16), width), ir.VectorType(i32, width // 2)
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(sums, [taken, taken]), name)
+    ones = ir.Constant(taken, [1] * width)
+    if parts == 1:
+        return builder.call(function, [pairs, ones])
+    ends = (picked(builder, pairs, pairs, range(start, start + width)) for start in (0, width))
+    return picked(builder, *(builder.call(function, [end, ones]) for end in ends), range(LANES))
 
 
 def _add_rows(steps: int) -> Any:
-    """Intrinsic ``acc[at : at+16] += Σ_{i<steps} tables[i, codes[code_at + i·code_stride], :]`` on flat arrays.
+    """Intrinsic ``acc[at : at+32] += Σ_{i<steps} tables[slot + i, codes[code_at + i], :]`` on flat arrays.
 
     Written as LLVM vectors because Numba cannot promise that the arrays do not overlap, without which LLVM neither
-    keeps the sums in a register nor drops the checks from this innermost loop.
+    keeps the sums in a register nor drops the checks from this innermost loop. 16-bit rows are added two at a time: one
+    instruction widens and adds a row's entry and the other's where they are neighbours.
     """
 
     @intrinsic
-    def add_rows(_: Any, acc: Any, at: Any, tables: Any, codes: Any, code_at: Any, code_stride: Any) -> Any:
-        signature = types.void(acc, types.int64, tables, codes, types.int64, types.int64)
+    def add_rows(_: Any, acc: Any, at: Any, tables: Any, slot: Any, codes: Any, code_at: Any) -> Any:
+        signature = types.void(acc, types.int64, tables, types.int64, codes, types.int64)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            acc_value, at_value, tables_value, codes_value, code_value, stride_value = args
+            acc_value, at_value, tables_value, slot_value, codes_value, code_value = args
             element = element_type(context, sig.args[2])
-            size = element.width // 8
-            row_type, sum_type = ir.VectorType(element, LANES), ir.VectorType(i32, LANES)
+            row_type, sum_type = ir.VectorType(element, TILE), ir.VectorType(i32, LANES)
             acc_at = builder.gep(data_of(context, builder, sig.args[0], acc_value), [at_value])
-            sums_at = vector_at(builder, acc_at, sum_type)
-            tables_at = data_of(context, builder, sig.args[2], tables_value)
-            code_from = builder.gep(data_of(context, builder, sig.args[3], codes_value), [code_value])
-            sums = builder.load(sums_at, align=4)
+            first_row = builder.mul(slot_value, i64(CODES * TILE))
+            tables_at = builder.gep(data_of(context, builder, sig.args[2], tables_value), [first_row])
+            code_from = builder.gep(data_of(context, builder, sig.args[4], codes_value), [code_value])
+            rows = []
             for i in range(steps):
-                code = builder.load(builder.gep(code_from, [builder.mul(stride_value, i64(i))]))
-                row = builder.add(builder.mul(builder.zext(code, i64), i64(LANES)), i64(i * CODES * LANES))
-                entries = builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=size)
-                sums = builder.add(sums, builder.sext(entries, sum_type) if element.width < 32 else entries)
-            builder.store(sums, sums_at, align=4)
+                code = builder.load(builder.gep(code_from, [i64(i)]))
+                row = builder.add(builder.mul(builder.zext(code, i64), i64(TILE)), i64(i * CODES * TILE))
+                rows.append(builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=ALIGNMENT))
+
+            by_pairs = element.width == 16
+            for half, places in enumerate((_LOW, _HIGH) if by_pairs else (range(LANES), range(LANES, TILE))):
+                sums_at = vector_at(builder, builder.gep(acc_at, [i64(half * LANES)]), sum_type)
+                sums = builder.load(sums_at, align=ALIGNMENT)
+                for first, second in zip(rows[::2], rows[1::2], strict=True):
+                    both = None
+                    if by_pairs:
+                        pairs = picked(builder, first, second, [n for place in places for n in (place, TILE + place)])
+                        both = _add_neighbours(context, builder, pairs)
+                    if both is not None:
+                        sums = builder.add(sums, both)
+                        continue
+                    for row in (first, second):
+                        some = picked(builder, row, row, places)
+                        sums = builder.add(sums, builder.sext(some, sum_type) if by_pairs else some)
+                builder.store(sums, sums_at, align=ALIGNMENT)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -70,8 +132,65 @@ def _add_rows(steps: int) -> Any:
     return add_rows
 
 
-_add_steps = _add_rows(STEPS)
-_add_one = _add_rows(1)
+_add_steps, _add_few = _add_rows(STEPS), _add_rows(FEW_STEPS)
+
+
+@intrinsic
+def _build_rows(_: Any, tables: Any, at: Any, table: Any, offsets: Any, first: Any) -> Any:
+    """``tables[at + a·32 + place] = table[offsets[lane at place] + first + a]`` for as many a as 32 bytes hold."""
+    signature = types.void(tables, types.int64, table, offsets, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element = element_type(context, sig.args[0])
+        count, places = 128 // element.width, 512 // element.width  # entries of a 128-bit lane and of a vector
+        order = _lane_order(element.width)
+        half_type, row_type = ir.VectorType(element, places // 2), ir.VectorType(element, places)
+        target = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
+        source = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[4]])
+        offsets_at = data_of(context, builder, sig.args[3], args[3])
+
+        def entries(lane: int) -> Any:
+            offset = builder.load(builder.gep(offsets_at, [i64(lane)]))
+            return builder.load(vector_at(builder, builder.gep(source, [offset]), half_type), align=element.width // 8)
+
+        def columns(place: int) -> list[Any]:
+            """Of the 2·count lanes from `place`: [first half at a, at a + count, second half at a, at a + count]."""
+            rows = [
+                picked(builder, entries(order[n]), entries(order[n + count]), range(places))
+                for n in range(place, place + count)
+            ]
+            # Interleaving halves log2(count) times transposes, here within every 128-bit lane.
+            for _round in range(count.bit_length() - 1):
+                rows = [
+                    picked(builder, rows[j], rows[j + count // 2], [n for k in some for n in (k, places + k)])
+                    for j in range(count // 2)
+                    for some in halves(places, element.width)
+                ]
+            return rows
+
+        lanes = [range(start, start + count) for start in range(0, 2 * places, count)]
+        for start in range(0, TILE, places):
+            for a, (left, right) in enumerate(zip(columns(start), columns(start + places // 2), strict=True)):
+                for part in (0, 1):
+                    row = picked(builder, left, right, [n for lane in lanes[part::2] for n in lane])
+                    to = builder.gep(target, [i64((a + part * count) * TILE + start)])
+                    builder.store(row, vector_at(builder, to, row_type), align=ALIGNMENT)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@jit
+def _build_tile(tables, slot, table, w, lane_stride, at, lanes, code_range, offsets):
+    """Fill ``tables[slot][a][lane] = table[w[at + lane·lane_stride], a]``; lanes that do not exist repeat the first.
+
+    At least for the codes a in `code_range`, both ends included.
+    """
+    for j in range(TILE):
+        offsets[j] = np.int64(w[at + (j if j < lanes else 0) * lane_stride]) * CODES
+    step = 32 // table.itemsize
+    for a in range(code_range[0] // step * step, code_range[1] + 1, step):
+        _build_rows(tables, (slot * CODES + a) * TILE, table, offsets, a)
 
 
 @jit
@@ -84,64 +203,34 @@ def build(tables, slot, table, w, lane_stride, at, lanes, offsets):
 
 
 @jit
-def _flush_tile(out, out_rows, lane_at, lane_stride, acc, rows, lanes, first, tile, offsets):
-    """Write (or, after the first channel group, add) the sums of one lane tile to the output."""
-    if lane_stride == 1:
-        for m in range(rows):
-            at = out_rows[m] + lane_at
-            if first:
-                for j in range(lanes):
-                    out[at + j] = acc[m * LANES + j]
-            else:
-                for j in range(lanes):
-                    out[at + j] += acc[m * LANES + j]
-        return
-    for j in range(LANES):
-        offsets[j] = j * LANES
-    for m0 in range(0, rows, LANES):
-        count = min(LANES, rows - m0)
-        transpose(tile, 0, LANES, acc, offsets, m0 * LANES)
-        contiguous = out_rows[m0 + count - 1] - out_rows[m0] == count - 1
-        for j in range(lanes):
-            if contiguous:
-                at = out_rows[m0] + lane_at + j * lane_stride
-                if first:
-                    for i in range(count):
-                        out[at + i] = tile[j * LANES + i]
-                else:
-                    for i in range(count):
-                        out[at + i] += tile[j * LANES + i]
-            else:
-                for i in range(count):
-                    at = out_rows[m0 + i] + lane_at + j * lane_stride
-                    out[at] = tile[j * LANES + i] if first else out[at] + tile[j * LANES + i]
-
-
-@jit
 def _row_tables(
-    out, out_rows, out_base, lane_stride_out, packed, rows, table, w, w_base, lane_stride, k_offsets, lanes,
-    bias, first, tables, acc, tile, offsets
+    out, out_rows, out_base, lane_stride_out, packed, pixels, table, w, w_base, lane_stride, groups, k_offsets, lanes,
+    code_range, bias, first, tables, acc, tile, offsets
 ):  # fmt: skip
-    depth = len(k_offsets)
-    for n in range(0, lanes, LANES):
-        width = min(LANES, lanes - n)
+    rows = len(pixels)
+    for n in range(0, lanes, TILE):
+        width = min(TILE, lanes - n)
         lane_base = w_base + n * lane_stride
-        acc[: rows * LANES] = bias
-        k = 0
-        while k + STEPS <= depth:
-            for i in range(STEPS):
-                build(tables, i, table, w, lane_stride, lane_base + k_offsets[k + i], width, offsets)
-            for m in range(rows):
-                _add_steps(acc, m * LANES, tables, packed, k * rows + m, rows)
-            k += STEPS
-        while k < depth:
-            build(tables, 0, table, w, lane_stride, lane_base + k_offsets[k], width, offsets)
-            for m in range(rows):
-                _add_one(acc, m * LANES, tables, packed, k * rows + m, rows)
-            k += 1
-        _flush_tile(
-            out, out_rows, out_base + n * lane_stride_out, lane_stride_out, acc, rows, width, first, tile, offsets
-        )
+        acc[: rows * TILE] = bias
+        for group in range(len(groups)):
+            at, steps = groups[group]
+            for i in range(steps):
+                k_base = lane_base + k_offsets[group * STEPS + i]
+                _build_tile(tables, i, table, w, lane_stride, k_base, width, code_range, offsets)
+            if steps == STEPS:
+                for m in range(rows):
+                    _add_steps(acc, m * TILE, tables, 0, packed, at + pixels[m])
+            else:
+                for i in range(0, steps, FEW_STEPS):
+                    for missing in range(steps, i + FEW_STEPS):
+                        tables[missing * CODES * TILE :][:TILE] = 0  # for code 0, the only one packed there
+                    for m in range(rows):
+                        _add_few(acc, m * TILE, tables, i, packed, at + pixels[m] + i)
+        for j in range(0, width, LANES):
+            flush_tile(
+                out, out_rows, out_base + (n + j) * lane_stride_out, lane_stride_out, acc, j, TILE, rows,
+                min(LANES, width - j), first, tile, offsets
+            )  # fmt: skip
 
 
 @jit
@@ -176,10 +265,17 @@ def _gather(
             out[out_rows[m] + at] = acc[m] if first else out[out_rows[m] + at] + acc[m]
 
 
+@inline
+def _aligned(count, dtype):
+    """An empty array that begins with a cache line."""
+    memory = np.empty(count + ALIGNMENT, dtype)
+    return memory[-memory.ctypes.data % ALIGNMENT // memory.itemsize :][:count]
+
+
 @jit
 def _block(
     x, x_strides, channels, size, kernel, geometry, pad_code, w, w_strides, table, bias, accumulate, out, out_strides,
-    out_size, group_channels, row_range, group_range, lane_range
+    out_size, group_channels, budget, row_range, group_range, lane_range
 ):  # fmt: skip
     """One task: some output pixels, for some groups and some lanes of each."""
     stride_image, x_group, stride_c, stride_h, stride_w = x_strides
@@ -188,41 +284,78 @@ def _block(
     rows = row_range[1] - row_range[0]
     taps = kernel[0] * kernel[1]
     lanes = lane_range[1] - lane_range[0]
-    by_table = rows * (min(lanes, LANES) - 1) > BUILD_ROWS
+    by_table = rows * (min(lanes, TILE) - 1) > BUILD_ROWS
     padded_rows = (rows + LANES - 1) // LANES * LANES  # transpose reads whole tiles of sums
-    packed = np.empty(group_channels * taps * rows, np.uint8)
-    acc = np.empty(padded_rows * LANES if by_table else rows, np.int32)
-    tables = np.empty(STEPS * CODES * LANES if by_table else 1, table.dtype)
+    acc = _aligned(padded_rows * TILE if by_table else rows, np.int32)
+    tables = _aligned(STEPS * CODES * TILE if by_table else 1, table.dtype)
     tile = np.empty(LANES * LANES, np.int32)
-    offsets = np.empty(LANES, np.int64)
-    k_offsets = np.empty(group_channels * taps, np.int64)
+    offsets = np.empty(TILE, np.int64)
     runs = np.empty((rows, 5), np.int64)
     out_rows = np.empty(rows, np.int64)
     n_runs = runs_of(row_range[0], rows, out_size, stride_image, out_image, out_row, runs, out_rows)
+    pixels = np.empty(rows, np.int64)
+    plane = out_size[0] * out_size[1]
+    images = np.empty(((row_range[1] - 1) // plane - row_range[0] // plane + 1, 4), np.int64)
+    first_col, width, area = images_of(row_range[0], out_size, kernel, geometry, stride_image, images, pixels)
+    most_blocks = budget // ((area + _OFFSET_BYTES * taps) * STEPS)
+    direct = by_table and channels >= STEPS and area <= rows * taps and most_blocks > 0
+    if direct:
+        group_channels = min(channels, most_blocks * STEPS)
+        packed = np.empty(-(-group_channels // STEPS) * STEPS * area, np.uint8)
+    else:
+        packed = np.empty(-(-group_channels * taps // STEPS) * STEPS * rows, np.uint8)
+        for m in range(rows):
+            pixels[m] = m * STEPS
+    regrouped = np.empty(STEPS * rows if by_table and not direct else 1, np.uint8)
+    most = -(-group_channels // STEPS) * taps if direct else -(-group_channels * taps // STEPS)
+    groups = np.empty((most, 2), np.int64)
+    k_offsets = np.empty(most * STEPS, np.int64)
     for group in range(group_range[0], group_range[1]):
         out_base = group * out_group + lane_range[0] * out_lane
         w_base = group * w_group + lane_range[0] * lane_stride
         for c in range(0, channels, group_channels):
             some = min(group_channels, channels - c)
-            pack(
-                packed, rows, x, group * x_group + c * stride_c, some, (stride_c, stride_h, stride_w), size, kernel,
-                geometry, pad_code, runs, n_runs, offsets
-            )  # fmt: skip
-            for k in range(some * taps):
-                tap = k % taps
-                k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+            base = group * x_group + c * stride_c
+            if direct:
+                pack_pixels(
+                    packed, area, (first_col, width), x, base, some, (stride_c, stride_h, stride_w), size, geometry,
+                    pad_code, images, offsets
+                )  # fmt: skip
+                count = -(-some // STEPS) * taps
+                filled = -(-some // STEPS) * STEPS * area
+                for g in range(count):
+                    row, col = g % taps // kernel[1], g % kernel[1]
+                    from_c = g // taps * STEPS
+                    groups[g, 0] = from_c * area + (row * geometry[4] * width + col * geometry[5]) * STEPS
+                    groups[g, 1] = min(STEPS, some - from_c)
+                    for i in range(STEPS):
+                        k_offsets[g * STEPS + i] = (c + from_c + i) * w_channel + row * w_row + col * w_col
+            else:
+                pack(
+                    packed, rows, x, base, some, (stride_c, stride_h, stride_w), size, kernel, geometry, pad_code, runs,
+                    n_runs, offsets
+                )  # fmt: skip
+                count = -(-some * taps // STEPS)
+                filled = count * STEPS * rows
+                for k in range(some * taps):
+                    tap = k % taps
+                    k_offsets[k] = (c + k // taps) * w_channel + tap // kernel[1] * w_row + tap % kernel[1] * w_col
+                for g in range(count):
+                    groups[g, 0], groups[g, 1] = g * STEPS * rows, min(STEPS, some * taps - g * STEPS)
             first = c == 0 and not accumulate
-            some_k = k_offsets[: some * taps]
             start = np.int32(bias if first else 0)
             if by_table:
+                if not direct:
+                    interleave(packed, some * taps, rows, regrouped, offsets)
                 _row_tables(
-                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride, some_k, lanes,
-                    start, first, tables, acc, tile, offsets
+                    out, out_rows, out_base, out_lane, packed, pixels, table, w, w_base, lane_stride, groups[:count],
+                    k_offsets, lanes, ends_of(packed[:filled]), start, first,
+                    tables, acc, tile, offsets
                 )  # fmt: skip
             else:
                 _gather(
-                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride, some_k, lanes,
-                    start, first, acc
+                    out, out_rows, out_base, out_lane, packed, rows, table, w, w_base, lane_stride,
+                    k_offsets[: some * taps], lanes, start, first, acc
                 )  # fmt: skip
 
 
@@ -256,6 +389,29 @@ def _product_sum(
             accumulate = True
 
 
+def _cost(rows: int, lanes: int) -> int:
+    """Row additions that a block of `rows` × `lanes` sums costs for each k, by row tables or by gathering."""
+    return min(-(-lanes // TILE) * (BUILD_ROWS + rows), lanes * (rows + STEPS))
+
+
+@lru_cache
+def _split(total: int, groups: int, lanes: int, workers: int, most_rows: int) -> tuple[int, int, int]:
+    """Into how many parts to cut rows, groups and lanes: cutting rows builds more tables, cutting lanes packs more."""
+    fewest = -(-total // most_rows)
+    found = []
+    for parts in sorted({1, workers} | {2**i for i in range(workers.bit_length())}):
+        group_parts = min(groups, parts)
+        lane_parts = max(1, min(-(-parts // group_parts), lanes // TILE))
+        even = -(-workers // (group_parts * lane_parts))
+        for blocks in {fewest, -(-fewest // even) * even}:
+            if blocks > fewest and total < MIN_ROWS * blocks:
+                continue
+            rows = -(-total // blocks)
+            rounds = -(-blocks * group_parts * lane_parts // workers) * -(-groups // group_parts)
+            found.append((rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts))), blocks, group_parts, lane_parts))
+    return min(found)[1:]
+
+
 def _partial_sum(
     x: Tensor,
     w: Tensor,
@@ -274,15 +430,11 @@ def _partial_sum(
     total, taps = batch * out_size[0] * out_size[1], kernel[0] * kernel[1]
     workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + _BLOCK_BYTES))
     budget = min(_SCRATCH_WORKER, SCRATCH // workers - _BLOCK_BYTES)
-    blocks = -(-total // max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES)))
-    if total >= MIN_ROWS * workers:
-        blocks = -(-blocks // workers) * workers
-    row_ranges = even_ranges(total, blocks)
+    most_rows = max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES))
+    blocks, group_parts, lane_parts = _split(total, groups, lanes, workers, most_rows)
+    row_ranges, group_ranges, lane_ranges = map(even_ranges, (total, groups, lanes), (blocks, group_parts, lane_parts))
     largest = max(stop - start for start, stop in row_ranges)
     group_channels = max(1, min(channels, budget // ((largest + _OFFSET_BYTES) * taps)))
-    spare = -(-workers // len(row_ranges))
-    group_ranges = even_ranges(groups, min(groups, spare))
-    lane_ranges = even_ranges(lanes, max(1, min(-(-spare // len(group_ranges)), lanes // LANES)))
     common = (
         flat(x),
         x.stride(),
@@ -300,6 +452,7 @@ def _partial_sum(
         out_strides,
         out_size,
         group_channels,
+        budget,
     )
     tasks = [
         (*common, rows, group_range, lane_range)
@@ -310,16 +463,11 @@ def _partial_sum(
     run(_block, tasks, workers)
 
 
-def _cost(rows: int, lanes: int) -> int:
-    """Row additions that `rows` × `lanes` sums cost for each k, by row tables or by gathering."""
-    blocks, tiles = -(-rows // MAX_ROWS), -(-lanes // LANES)
-    return min(tiles * (BUILD_ROWS * blocks + rows), lanes * (rows + STEPS))
-
-
 def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
     """``(G, M, K)`` by ``(G, N, K)``, any strides, into a contiguous ``(G, M, N)``."""
     _, rows, columns = out.shape
-    swapped = _cost(columns, rows) < _cost(rows, columns)
+    blocks = [-(-side // MAX_ROWS) for side in (rows, columns)]
+    swapped = blocks[1] * _cost(-(-columns // blocks[1]), rows) < blocks[0] * _cost(-(-rows // blocks[0]), columns)
     row_codes, lane_codes = (w, x) if swapped else (x, w)
     _product_sum(
         row_codes.transpose(1, 2)[None, :, :, None, :],
@@ -359,6 +507,8 @@ def lut_conv2d(
     geometry = (*stride, *padding, *dilation)
     out_h, out_w = conv_output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = torch.empty(x.shape[0], w.shape[0], out_h, out_w, dtype=torch.int32)
+    if out_h * out_w == x.shape[2] * x.shape[3] and w.shape[2:] == (1, 1) and x.stride(2) == x.shape[3] * x.stride(3):
+        x, out_h, out_w = x.flatten(2).unsqueeze(2), 1, out_h * out_w  # one long row: short ones are packed slowly
     lane = out_h * out_w
     _product_sum(
         x.unflatten(1, (groups, -1)),

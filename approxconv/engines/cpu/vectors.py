@@ -22,7 +22,7 @@ LANES = 16  # of a vector: one 64-byte vector of int32 sums
 CODES = 256
 
 
-_SOURCES = hashlib.sha256(
+SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
 ).hexdigest()
 
@@ -38,7 +38,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
     with suppress(AttributeError):  # no public way is known
         file = kernel._cache._cache_file
-        file._source_stamp = (file._source_stamp, _SOURCES)
+        file._source_stamp = (file._source_stamp, SOURCES)
     return kernel
 
 
