@@ -10,7 +10,8 @@ from .formats import CFunction, FormatError, load_function, load_multiplier, sav
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
 from .pictures import compare
-from .zoo import get_multiplier, list_multipliers
+from .wide import WideMultiplier
+from .zoo import get_multiplier, get_wide_multiplier, list_multipliers
 
 __all__ = [
     "CFunction",
@@ -19,6 +20,7 @@ __all__ = [
     "Factorization",
     "FormatError",
     "Multiplier",
+    "WideMultiplier",
     "__version__",
     "approximate",
     "calibrate",
@@ -27,6 +29,7 @@ __all__ = [
     "explain",
     "factorize",
     "get_multiplier",
+    "get_wide_multiplier",
     "list_multipliers",
     "load_function",
     "load_multiplier",

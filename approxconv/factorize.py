@@ -19,17 +19,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._display import Shown, html_table, image, titled
 from ._versioned import once_per_version
+from .lattice import MOST_TERMS, PRIMES, divide, find_pivots, lll, reduce_together, row_lattice
 from .multiplier import Multiplier, check_flag, operand_values
+from .wide import WideFactorization, WideMultiplier, factorize_wide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .certificate import Certificate
 
-MOST_TERMS = 64
-
-# A rank modulo a prime is at most the true one. A table for which it is less with all of these is not factorised.
-_PRIMES = (2**31 - 1, 2**31 - 19, 2**31 - 61)
 _LOW, _HIGH = -128, 127
 _MOST_PRODUCT = _LOW * _LOW
 _MOST_DOUBLINGS = 12
@@ -231,13 +229,13 @@ def _span(factors: Tensor) -> str:
     return f"{int(factors.min())} to {int(factors.max())}".replace("-", "−") if len(factors) else "no terms"
 
 
-def factorize(multiplier: Multiplier) -> Factorization | None:
+def factorize(multiplier: Multiplier | WideMultiplier) -> Factorization | WideFactorization | None:
     """Write a table as ``s·a·w + Σ_{r<R} f_r[a]·g_r[w]`` with int8 factors and few terms, exactly.
 
     Parameters
     ----------
-    multiplier : Multiplier
-        Any, of any width and signedness.
+    multiplier : Multiplier or WideMultiplier
+        Any, of any width and signedness. A `WideMultiplier` goes to `factorize_wide`.
 
     Returns
     -------
@@ -280,6 +278,8 @@ def factorize(multiplier: Multiplier) -> Factorization | None:
     >>> print(factorize(get_multiplier("mitchell_8u")))
     None
     """
+    if isinstance(multiplier, WideMultiplier):
+        return factorize_wide(multiplier)
     if not isinstance(multiplier, Multiplier):
         raise ValueError(f"multiplier must be a Multiplier, got {multiplier!r:.60}")
     signs = check_flag("a_signed", multiplier.a_signed), check_flag("w_signed", multiplier.w_signed)
@@ -309,7 +309,7 @@ def factorize_table(table: Tensor) -> Factorization | None:
     entries = table.cpu().numpy().astype(np.int64)
     sample = entries[:_SAMPLE, :_SAMPLE] if min(entries.shape) >= _SAMPLE else entries
     # The product changes the rank by 1 at most, so that a random table is told from its corner.
-    if _pivots(sample, _PRIMES[0], MOST_TERMS + 1) is None:
+    if find_pivots(sample, PRIMES[0], MOST_TERMS + 1) is None:
         return None
     errors = {}
     for signs in itertools.product((False, True), repeat=2):
@@ -418,7 +418,7 @@ def _search(table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form | None:
     for scale in (1, 0):
         error = table - scale * np.multiply.outer(a, w)
         fewest = -(-int(np.abs(error).max()) // _MOST_PRODUCT)
-        pivots = _pivots(error, _PRIMES[0]) if fewest <= MOST_TERMS else None
+        pivots = find_pivots(error, PRIMES[0]) if fewest <= MOST_TERMS else None
         if pivots is not None:
             tasks.append((max(len(pivots[0]), fewest), 1 - scale, error, pivots))
     best = None
@@ -446,30 +446,13 @@ def _as_int8(terms: Sequence[_Term], shape: tuple[int, int]) -> tuple[np.ndarray
     return tuple(np.where(turned, -side, side).astype(np.int8) for side in (f, g))
 
 
-def _pivots(matrix: np.ndarray, prime: int, most: int = MOST_TERMS) -> tuple[list[int], list[int]] | None:
-    """Rows and columns whose minor is a multiple neither of `prime` nor 0, all there are; None if over `most`."""
-    rest = matrix % prime
-    rows: list[int] = []
-    columns: list[int] = []
-    while (left := rest.any(axis=1)).any():
-        if len(rows) == most:
-            return None
-        row = int(np.argmax(left))
-        column = int(np.argmax(rest[row] != 0))
-        pivot = rest[row] * pow(int(rest[row, column]), -1, prime) % prime
-        rest = (rest - rest[:, column, None] * pivot) % prime
-        rows.append(row)
-        columns.append(column)
-    return rows, columns
-
-
 def _factorisations(error: np.ndarray, pivots: tuple[list[int], list[int]], most: int) -> Iterator[list[_Term]]:
     """Sums of at most `most` terms of int8 that are `error`, one for every lattice that is tried."""
     if not error.any():
         yield []
         return
-    outer = _row_lattice(error, pivots)
-    inner = outer and _row_lattice(np.ascontiguousarray(outer[1].T))
+    outer = row_lattice(error, pivots)
+    inner = outer and row_lattice(np.ascontiguousarray(outer[1].T))
     if not inner:
         return
     (f, _), (v, core) = outer, (side.T for side in inner)
@@ -482,7 +465,7 @@ def _factorisations(error: np.ndarray, pivots: tuple[list[int], list[int]], most
         pair = _between(f, core, v, doublings)
         if pair is None:
             return [], False
-        x, y = _reduce(*pair)
+        x, y = reduce_together(*pair)
         terms = _split_all(x.T, y, most)
         counts[doublings] = MOST_TERMS + 1 if terms is None else len(terms)
         return [] if terms is None else [terms], bool(np.abs(x).max() > np.abs(y).max())
@@ -504,59 +487,10 @@ def _factorisations(error: np.ndarray, pivots: tuple[list[int], list[int]], most
             yield from attempt(doublings)[0]
 
 
-def _row_lattice(
-    matrix: np.ndarray, pivots: tuple[list[int], list[int]] | None = None
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """A basis (r, columns) of the lattice that the rows span and, before it, their coordinates (rows, r).
-
-    `pivots` are those modulo the first prime, if known. None if no prime tells the rank.
-    """
-    for prime in _PRIMES:
-        pivots = pivots or _pivots(matrix, prime)
-        if pivots is None:
-            return None
-        rows, columns = pivots
-        pivots = None
-        # A vector's entries in these columns determine the others.
-        basis = _reduced_basis(matrix[:, columns], rows)
-        coordinates = _divide(matrix[:, columns], basis)
-        if coordinates is None:
-            continue
-        whole = np.linalg.solve(coordinates[rows].astype(float), matrix[rows].astype(float))
-        whole = _lll(np.rint(whole).astype(np.int64))
-        coordinates = _divide(matrix[:, columns], whole[:, columns])
-        if coordinates is not None and _is_product(matrix, coordinates, whole):
-            return coordinates, whole
-    return None
-
-
-def _reduced_basis(generators: np.ndarray, independent: list[int]) -> np.ndarray:
-    """An LLL-reduced basis, square, of the lattice that some rows span; as many of them as columns are independent."""
-    from flint import fmpz_mat
-
-    rank = generators.shape[1]
-    basis = _lll(generators[independent])
-    # What the others add to these: the Hermite form of the rows as they are can take seconds.
-    quotient = np.rint(np.linalg.solve(basis.T.astype(float), generators.T.astype(float)).T).astype(np.int64)
-    rest = np.unique(generators - quotient @ basis, axis=0)
-    if not rest.any():
-        return basis
-    hermite = fmpz_mat(np.vstack([basis, rest]).tolist()).hnf().entries()[: rank * rank]
-    return _lll(np.array([int(entry) for entry in hermite], object).reshape(rank, rank))
-
-
-def _lll(basis: np.ndarray) -> np.ndarray:
-    """The LLL-reduced basis of the lattice that independent rows span."""
-    from flint import fmpz_mat
-
-    entries = fmpz_mat(basis.tolist()).lll().entries()
-    return np.array([int(entry) for entry in entries], np.int64).reshape(basis.shape)
-
-
 def _between(f: np.ndarray, core: np.ndarray, v: np.ndarray, doublings: int) -> tuple[np.ndarray, np.ndarray] | None:
     """F and G with ``F·G = f·core·v``, where the rows of G span ``Z^r·core·v + 2**doublings·Z^r·v``."""
-    basis = _lll(_with_multiples(core, doublings))
-    share = _divide(core, basis)
+    basis = lll(_with_multiples(core, doublings))
+    share = divide(core, basis)
     return None if share is None else (f @ share, basis @ v)
 
 
@@ -577,50 +511,6 @@ def _with_multiples(matrix: np.ndarray, doublings: int) -> np.ndarray:
         free[column] = False
         rest = (rest - (rest[:, column] // unit)[:, None] * pivots[-1]) % q
     return np.vstack([*pivots, q * np.eye(len(matrix), dtype=np.int64)[free]])
-
-
-def _divide(matrix: np.ndarray, basis: np.ndarray) -> np.ndarray | None:
-    """The integer X with ``X @ basis == matrix``; None if float64 does not find it."""
-    quotient = np.rint(np.linalg.solve(basis.T.astype(float), matrix.T.astype(float)).T).astype(np.int64)
-    return quotient if _is_product(matrix, quotient, basis) else None
-
-
-def _is_product(matrix: np.ndarray, x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether ``matrix == x @ y`` over the integers."""
-    bound = float(np.abs(x).max()) * float(np.abs(y).max()) * len(y)
-    if bound < 2**53:
-        return np.array_equal(matrix, x.astype(float) @ y.astype(float))
-    return bound < 2**62 and np.array_equal(matrix, x @ y)
-
-
-def _reduce(f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce F (rows, r) and G (r, columns) by steps ``G_i += c·G_j``, ``F_j −= c·F_i``, which leave ``F·G`` as it is.
-
-    A step lowers ``Σ_i ‖F_i‖²·‖G_i‖²``. Those of a round have no index in common, so that their gains add up.
-    """
-    # Only their Gram matrices take part: small, and none of the BLAS threads that other work may keep waiting.
-    gram_f, gram_g = (side.T @ side for side in (f.astype(float), g.T.astype(float)))
-    for_f, for_g = np.eye(len(g), dtype=np.int64), np.eye(len(g), dtype=np.int64)
-    while True:
-        norms_f, norms_g = np.diag(gram_f), np.diag(gram_g)
-        weight = norms_f[:, None] * norms_g
-        slope = gram_f * norms_g - norms_f[:, None] * gram_g
-        step = np.rint(slope / (2 * weight))
-        np.fill_diagonal(step, 0)
-        gain = 2 * step * (slope - step * weight)
-        least = max(gain.max() / 5, 1e-4 * weight.trace())
-        if gain.max() <= least:
-            return f @ for_f, for_g @ g
-        while gain.flat[best := int(np.argmax(gain))] > least:
-            i, j = divmod(best, len(g))
-            c = int(step[i, j])
-            for_g[i] += c * for_g[j]
-            for_f[:, j] -= c * for_f[:, i]
-            gram_g[i] += c * gram_g[j]
-            gram_g[:, i] += c * gram_g[:, j]
-            gram_f[j] -= c * gram_f[i]
-            gram_f[:, j] -= c * gram_f[:, i]
-            gain[[i, j]] = gain[:, [i, j]] = 0
 
 
 def _split_all(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .fast_model import FastModel
 
 MIN_BITS, MAX_BITS = 2, 8
+MAX_FUNCTION_BITS = 16  # of a multiplier that is a function, not a table
 _INT16_SPAN = 2**16 - 1
 
 
@@ -189,7 +190,17 @@ def check_bits(bits: Any, most: int = MAX_BITS) -> tuple[int, int]:
     return pair
 
 
-def _as_info(info: Any) -> dict[str, Any]:
+def check_operand(name: str, operand: Any, low: int, high: int) -> np.ndarray:
+    """An operand's values as int64, or a ValueError that says what they must be."""
+    array = np.asarray(operand)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers from {low} to {high}, got {array.dtype}: {operand!r:.60}")
+    if array.size and (array.min() < low or array.max() > high):
+        raise ValueError(f"{name} must hold values from {low} to {high}, got {array.min()} to {array.max()}")
+    return array.astype(np.int64)
+
+
+def as_info(info: Any) -> dict[str, Any]:
     """A copy of `info` that JSON can hold, or say why there is none."""
     if info is None:
         return {}
@@ -280,7 +291,7 @@ class Multiplier:
         self.name = str(name)
         self.table = _as_table(table)
         self.a_bits, self.w_bits = check_table_shape(self.table)
-        self.info = _as_info(info)
+        self.info = as_info(info)
         self.gradients = _as_gradients(gradients, self.table.shape)
         self._copies: dict[torch.device, tuple[int, Tensor]] = {}
 

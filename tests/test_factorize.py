@@ -301,8 +301,8 @@ def test_random_factors(seed, bits, flags, rank, size):
 
 
 def test_a_wrong_form_is_never_returned(monkeypatch):
-    reduce = module._reduce
-    monkeypatch.setattr(module, "_reduce", lambda f, g: (reduce(f, g)[0] + 1, reduce(f, g)[1]))
+    reduce = module.reduce_together
+    monkeypatch.setattr(module, "reduce_together", lambda f, g: (reduce(f, g)[0] + 1, reduce(f, g)[1]))
     assert factorize(get_multiplier("roba_8u")) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections import Counter
@@ -11,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..figures import parse_quantity
-from ..multiplier import MAX_BITS, MIN_BITS, Multiplier, check_bits, check_flag, operand_range, operand_values
+from ..multiplier import (
+    MAX_BITS,
+    MAX_FUNCTION_BITS,
+    MIN_BITS,
+    Multiplier,
+    check_bits,
+    check_flag,
+    check_operand,
+    operand_range,
+    operand_values,
+)
 from .c_arithmetic import (
     BINARY_OPERATORS,
     BOOL,
@@ -34,12 +45,11 @@ from .format import Format, line_at, named_formats, read_bytes, require_file
 if TYPE_CHECKING:
     from pycparser import c_ast
 
-MAX_FUNCTION_BITS = 16
 _MAX_SOURCE_BYTES = 2**18  # several times the largest 16-bit circuit, and seconds of parsing
 _MAX_DEPTH = 64
 _MAX_OPERATIONS = 50_000
 _MAX_HELD_BYTES = 2**29
-_LANES = 2**14  # evaluated at a time when called as a function: a circuit's variables then stay in cache
+_LANES = 2**16  # evaluated at a time when called as a function, as many as in a table of 8 bits
 _CHECKED_FIGURES = ("MAE", "WCE", "EP%", "EP")
 
 _CHAR, _LONG_LONG = CType(8, True, 1), CType(64, True, 5)
@@ -175,7 +185,7 @@ class CFunction:
             An operand that holds no integers or values out of its range, or shapes that do not broadcast.
         """
         checked = [
-            _check_operand(name, operand, *operand_range(*format_))
+            check_operand(name, operand, *operand_range(*format_))
             for name, operand, format_ in zip(("a", "w"), (a, w), self._formats, strict=True)
         ]
         pairs = np.broadcast_arrays(*checked)
@@ -191,6 +201,12 @@ class CFunction:
         """Products of every pair of operand codes, int64, ``(2**a_bits, 2**w_bits)``."""
         a, w = (operand_values(*format_) for format_ in self._formats)
         return np.broadcast_to(self._evaluate(a[:, None], w[None, :]), (a.size, w.size))
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the source without its comments and of how it is read."""
+        said = (self._program.digest, self.name, self._formats, self._swap, self._wires)
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
     @property
     def _formats(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
@@ -361,15 +377,6 @@ def _compare_with_header(multiplier: Multiplier, path: Path) -> None:
             )
 
 
-def _check_operand(name: str, operand: Any, low: int, high: int) -> np.ndarray:
-    array = np.asarray(operand)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold integers from {low} to {high}, got {array.dtype}: {operand!r:.60}")
-    if array.size and (array.min() < low or array.max() > high):
-        raise ValueError(f"{name} must hold values from {low} to {high}, got {array.min()} to {array.max()}")
-    return array.astype(np.int64)
-
-
 def _visible(path: Path, text: str) -> tuple[str, list[tuple[int, re.Match[str]]]]:
     """The source without comments and directives, lines kept, and its ``// KEY = VALUE`` comments by line."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
@@ -437,6 +444,7 @@ class _Program:
 
     def __init__(self, path: Path, source: str) -> None:
         self.path = path
+        self.digest = hashlib.sha256(" ".join(source.split()).encode()).hexdigest()
         self.mentions = Counter(_IDENTIFIER.findall(source))
         self._types = {name: _INTEGER_TYPES[tuple(sorted(base.split()))] for name, base in _TYPEDEFS.items()}
         function = self._find_function(self._parse(source))

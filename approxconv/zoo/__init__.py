@@ -2,21 +2,24 @@
 
 A name is ``<family><parameters>_<bits><u|s>``, both operands of 2 to 8 bits, unsigned or signed: ``drum6_8u``,
 ``bam_h2_v4_8u``, ``exact_4s``. Operands that differ in signedness are named one by one, the activation first:
-``drum6_8u_8s``. Each family is a module here, with a function that builds its members and says what they compute.
+``drum6_8u_8s``. `get_wide_multiplier` goes on to 16 bits. Each family is a module here, with a function that builds its
+members and says what they compute.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib import import_module
 from types import ModuleType
 
 from ..multiplier import Multiplier
-from .family import Family
+from ..wide import WideMultiplier
+from .family import Family, T
 
-__all__ = ["get_multiplier", "list_multipliers"]
+__all__ = ["get_multiplier", "get_wide_multiplier", "list_multipliers"]
 
 _MODULES = (
     "exact",
@@ -70,10 +73,41 @@ def get_multiplier(name: str) -> Multiplier:
     >>> get_multiplier("drum6_8u_8s")
     Multiplier('drum6_8u_8s', a=uint8, w=int8)
     """
+    return _build(name, Family.from_name)
+
+
+def get_wide_multiplier(name: str) -> WideMultiplier:
+    """Build a multiplier of up to 16 bits an operand by its name, as a function.
+
+    Parameters
+    ----------
+    name : str
+        As `get_multiplier` takes it, with 9 to 16 bits too: ``drum6_16s``, ``bam_h2_v8_12u``. The families
+        ``momeni1``, ``momeni2``, ``akbari1`` and ``random`` end at 8 bits.
+
+    Returns
+    -------
+    WideMultiplier
+        A new one on every call, with ``.name == name``.
+
+    Raises
+    ------
+    ValueError
+        As `get_multiplier`.
+
+    Examples
+    --------
+    >>> int(get_wide_multiplier("drum6_16u")(1000, 3))  # 0b111111 · 2**4 · 3
+    3024
+    """
+    return _build(name, Family.wide_from_name)
+
+
+def _build(name: str, build: Callable[[Family, str], T | None]) -> T:
     if not isinstance(name, str):
         raise ValueError(f"name must be a str, got {name!r}")
     for family in _FAMILIES:
-        multiplier = family.from_name(name)
+        multiplier = build(family, name)
         if multiplier is not None:
             return multiplier
     shown = name[:_LONGEST_SHOWN]

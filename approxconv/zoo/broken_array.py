@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, Multiplier
+from ..multiplier import Multiplier
 from .family import Family
 
 
@@ -52,12 +52,12 @@ def broken_array(h: int, v: int, bits: int = 8, a_signed: bool = False, w_signed
     return FAMILY.build(bits, a_signed, w_signed, h=h, v=v)
 
 
-def _unsigned(a: np.ndarray, w: np.ndarray, h: int, v: int) -> np.ndarray:
+def _unsigned(a: np.ndarray, w: np.ndarray, h: int, v: int, bits: int) -> np.ndarray:
     total = np.zeros_like(a)
-    for i in range(h, MAX_BITS):
+    for i in range(h, bits):
         dropped = max(v - i, 0)
         total += (a >> dropped << dropped) * (w & 1 << i)
     return total
 
 
-FAMILY = Family("bam_h{h}_v{v}", _unsigned, lambda bits: {"h": range(bits), "v": range(2 * bits - 1)})
+FAMILY = Family("bam_h{h}_v{v}", _unsigned, lambda bits: {"h": range(bits), "v": range(2 * bits - 1)}, by_width=True)

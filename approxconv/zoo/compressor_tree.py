@@ -134,6 +134,7 @@ _FAMILIES = {
         partial(_unsigned, compressor=compressor),
         lambda bits: {"k": range(4, 2 * bits)},
         widths=range(4, 9),
+        wide=(),
         by_width=True,
     )
     for compressor in ("momeni1", "momeni2", "akbari1")

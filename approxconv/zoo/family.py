@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from itertools import product
 from numbers import Integral
 from string import Formatter
+from typing import TypeVar
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, MIN_BITS, Multiplier
+from ..multiplier import MAX_BITS, MAX_FUNCTION_BITS, MIN_BITS, Multiplier
+from ..wide import WideMultiplier
+
+T = TypeVar("T")
 
 _NUMBER = "0|[1-9][0-9]{0,2}"
 _FORMATS = f"_(?P<a_bits>{_NUMBER})(?P<a_sign>[us])(?:_(?P<w_bits>{_NUMBER})(?P<w_sign>[us]))?"
@@ -69,7 +73,9 @@ class Family:
     ranges : callable
         ``ranges(bits)`` returns the values each parameter can have at that width, by name.
     widths : sequence of int
-        The widths there are.
+        The widths of tables.
+    wide : sequence of int
+        The widths beyond that the circuit has as a function.
     native : callable, optional
         Called in place of `unsigned`, with the operands' values as they are, negative ones among them.
     by_width : bool
@@ -84,6 +90,7 @@ class Family:
     unsigned: Callable[..., np.ndarray] | None = None
     ranges: Callable[[int], Mapping[str, range]] = _no_parameters
     widths: Sequence[int] = range(MIN_BITS, MAX_BITS + 1)
+    wide: Sequence[int] = range(MAX_BITS + 1, MAX_FUNCTION_BITS + 1)
     native: Callable[..., np.ndarray] | None = None
     by_width: bool = False
     signed_only: bool = False
@@ -97,7 +104,22 @@ class Family:
         ValueError
             A width or a parameter out of its range or of a wrong type, or a signedness the family does not have.
         """
-        bits = _check("bits", bits, self.widths)
+        bits, parameters, circuit = self._circuit(bits, self.widths, a_signed, w_signed, parameters)
+        multiplier = Multiplier.from_function(circuit, bits=bits, a_signed=a_signed, w_signed=w_signed)
+        multiplier.name = self._name(bits, a_signed, w_signed, parameters)
+        return multiplier
+
+    def build_wide(self, bits: int, a_signed: bool, w_signed: bool, **parameters: int) -> WideMultiplier:
+        """Like `build`, as a function of operand values, at the widths in `wide` too."""
+        bits, parameters, circuit = self._circuit(bits, (*self.widths, *self.wide), a_signed, w_signed, parameters)
+        name = self._name(bits, a_signed, w_signed, parameters)
+        return WideMultiplier(circuit, bits=bits, a_signed=a_signed, w_signed=w_signed, name=name)
+
+    def _circuit(
+        self, bits: int, widths: Sequence[int], a_signed: bool, w_signed: bool, parameters: Mapping[str, int]
+    ) -> tuple[int, dict[str, int], Callable[[np.ndarray, np.ndarray], np.ndarray]]:
+        """The checked width and parameters, and the function of the operands' values."""
+        bits = _check("bits", bits, widths)
         parameters = {name: _check(name, parameters[name], wanted) for name, wanted in self.ranges(bits).items()}
         if self.signed_only and not (a_signed and w_signed):
             raise ValueError(f"this family is signed only, got a_signed={a_signed!r}, w_signed={w_signed!r}")
@@ -112,9 +134,7 @@ class Family:
                     products = products * np.sign(operand)
             return products
 
-        multiplier = Multiplier.from_function(circuit, bits=bits, a_signed=a_signed, w_signed=w_signed)
-        multiplier.name = self._name(bits, a_signed, w_signed, parameters)
-        return multiplier
+        return bits, parameters, circuit
 
     def from_name(self, name: str) -> Multiplier | None:
         """Build the member called `name`; None if no member of this family could be called so.
@@ -124,6 +144,13 @@ class Family:
         ValueError
             The name is well formed but asks for a width, a parameter or a signedness that the family does not have.
         """
+        return self._from_name(name, self.build)
+
+    def wide_from_name(self, name: str) -> WideMultiplier | None:
+        """Like `from_name`, by `build_wide`."""
+        return self._from_name(name, self.build_wide)
+
+    def _from_name(self, name: str, build: Callable[..., T]) -> T | None:
         match = re.fullmatch(self._pattern(), name)
         if match is None:
             return None
@@ -138,12 +165,12 @@ class Family:
             if a_format[0] != w_format[0]:
                 raise ValueError(f"both operands must have the same width, got {a_format[0]} and {w_format[0]} bits")
             parameters = {key: int(value) for key, value in fields.items()}
-            return self.build(int(a_format[0]), a_format[1] == "s", w_format[1] == "s", **parameters)
+            return build(int(a_format[0]), a_format[1] == "s", w_format[1] == "s", **parameters)
         except ValueError as error:
             raise ValueError(f"no multiplier {name!r}: {error}") from None
 
     def names(self) -> Iterator[str]:
-        """Every name `from_name` takes; of a family with `listed`, those of the listed values only."""
+        """Every name of a table that `from_name` takes; of a family with `listed`, those of the listed values only."""
         for bits in self.widths:
             ranges = (self.listed or self.ranges)(bits)
             for values in product(*ranges.values()):

@@ -57,4 +57,4 @@ def _threes(x: np.ndarray) -> np.ndarray:
     return x & x >> 1 & _LOW_BIT_OF_EACH_DIGIT
 
 
-FAMILY = Family("kulkarni", _unsigned, widths=(2, 4, 8))
+FAMILY = Family("kulkarni", _unsigned, widths=(2, 4, 8), wide=(16,))

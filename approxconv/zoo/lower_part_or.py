@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..multiplier import MAX_BITS, Multiplier
+from ..multiplier import Multiplier
 from .family import Family
 
 
@@ -57,11 +57,11 @@ def lower_part_or_add(x: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:
     return upper << k | (x | y) & (1 << k) - 1
 
 
-def _unsigned(a: np.ndarray, w: np.ndarray, k: int) -> np.ndarray:
+def _unsigned(a: np.ndarray, w: np.ndarray, k: int, bits: int) -> np.ndarray:
     total = np.zeros_like(a)
-    for i in range(MAX_BITS):
+    for i in range(bits):
         total = lower_part_or_add(total, (a << i) * (w >> i & 1), k)
     return total
 
 
-FAMILY = Family("loa{k}", _unsigned, lambda bits: {"k": range(2, 2 * bits)})
+FAMILY = Family("loa{k}", _unsigned, lambda bits: {"k": range(2, 2 * bits)}, by_width=True)

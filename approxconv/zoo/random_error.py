@@ -68,6 +68,7 @@ def _native(a: np.ndarray, w: np.ndarray, seed: int, m: int) -> np.ndarray:
 FAMILY = Family(
     "random_s{seed}_m{m}",
     ranges=lambda bits: {"seed": range(1000), "m": range(1, 1000)},
+    wide=(),
     native=_native,
     listed=lambda bits: {"seed": (0, 1), "m": (1, 16, 256)},
 )

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from approxconv.zoo import get_wide_multiplier
 from approxconv.zoo.alm import FAMILIES as ALM
 from approxconv.zoo.alm import alm
 from approxconv.zoo.booth import FAMILIES as BOOTH
@@ -319,7 +320,7 @@ def test_broken_booth(bits, v):
 def test_broken_booth_published_figures():
     values = np.arange(-(2**11), 2**11)
     a, w = np.meshgrid(values, values, indexing="ij")
-    error = BOOTH[-1].native(a, w, v=3, bits=12) - a * w
+    error = get_wide_multiplier("bbm_v3_12s")(a, w) - a * w
     assert (error.mean(), (error != 0).mean(), error.min()) == (-3.5, 0.6875, -11)
 
 
