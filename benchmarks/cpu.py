@@ -141,13 +141,13 @@ def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[flo
 
 
 def table_of(name: str, generator: torch.Generator) -> torch.Tensor:
-    """One of `TABLES`, for unsigned activations and signed weights."""
+    """One of `TABLES`, for signed operands; all entries fit 16 bits, as those of circuits do."""
     if name == "any table":
         return torch.randint(-(2**15), 2**15, (256, 256), dtype=torch.int32, generator=generator)
     rank = int(name.removeprefix("rank "))
-    f, g = (torch.randint(-128, 128, (256, rank), dtype=torch.int32, generator=generator) for _ in range(2))
-    codes = torch.arange(256, dtype=torch.int32)
-    return torch.outer(codes, codes.to(torch.int8).int()) + f @ g.T
+    f, g = (torch.randint(-n, n, (256, rank), dtype=torch.int32, generator=generator) for n in (16, 128))
+    values = torch.arange(256, dtype=torch.int32).to(torch.int8).int()
+    return torch.outer(values, values) + f @ g.T
 
 
 def measure(case: Case | Linear, repeats: int) -> Measurement:

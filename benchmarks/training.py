@@ -41,7 +41,7 @@ def measure(case: Case, repeats: int) -> Step:
     plain = nn.Conv2d(case.channels, case.channels, 3, case.stride, 1)
     layers = {}
     for name in TABLES:
-        multiplier = Multiplier(table_of(name, generator), a_signed=False, w_signed=True, name=name)
+        multiplier = Multiplier(table_of(name, generator), a_signed=True, w_signed=True, name=name)
         layers[name] = ApproxConv2d.from_float(plain, multiplier)
         calibrate(layers[name], [x])
     x.requires_grad_()

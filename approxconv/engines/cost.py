@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -18,7 +20,7 @@ import torch
 from .byte_form import CODES, ByteForm
 from .work import Work
 
-_REPEATS = 3
+_REPEATS = 8
 _lock = threading.Lock()
 
 
@@ -30,12 +32,12 @@ class Rates:
     ----------
     lookup, table, gather : float
         By row tables: a product; the products of one weight with all codes. A product that is looked up by itself.
-    product, feature, pack : float
-        In the factored engine, for each of its P products: a multiplication; a code's factor; a weight's factor.
+    product, feature, pack, output : float
+        In the factored engine, for each of its P products: a multiplication; a code's factor; a weight's factor. A sum.
     depthwise_lookup, depthwise_table : float
         Of a depthwise convolution by row tables: a product; a weight's table.
-    depthwise_product, depthwise_feature : float
-        Of a depthwise convolution in the factored engine, for each of its P products.
+    depthwise_product, depthwise_pack, depthwise_output : float
+        Of a depthwise convolution in the factored engine.
     """
 
     lookup: float
@@ -44,10 +46,12 @@ class Rates:
     product: float
     feature: float
     pack: float
+    output: float
     depthwise_lookup: float
     depthwise_table: float
     depthwise_product: float
-    depthwise_feature: float
+    depthwise_pack: float
+    depthwise_output: float
 
 
 def seconds(engine: str, work: Work, products: int = 0) -> float:
@@ -56,13 +60,15 @@ def seconds(engine: str, work: Work, products: int = 0) -> float:
     The first call on a machine, with a number of threads, measures for about half a second.
     """
     rates = measured_rates()
-    weights = work.groups * work.lanes * work.depth
+    weights, outputs = work.groups * work.lanes * work.depth, work.groups * work.lanes * work.rows
     if work.operator == "lut_dwconv2d":
         if engine == "factored":
-            return products * (work.macs * rates.depthwise_product + work.inputs * rates.depthwise_feature)
+            each = work.macs * rates.depthwise_product + weights * rates.depthwise_pack
+            return products * each + outputs * rates.depthwise_output
         return work.macs * rates.depthwise_lookup + weights * rates.depthwise_table
     if engine == "factored":
-        return products * (work.macs * rates.product + work.inputs * rates.feature + weights * rates.pack)
+        each = work.macs * rates.product + work.inputs * rates.feature + weights * rates.pack
+        return products * each + outputs * rates.output
     from .cpu.row_tables import MAX_ROWS
 
     blocks = -(-work.rows // MAX_ROWS)
@@ -111,51 +117,53 @@ def _measure() -> Rates:
 
     table = torch.randint(-(2**15), 2**15, (CODES, CODES), dtype=torch.int32, generator=generator)
 
+    @cache
     def form(products: int) -> ByteForm:
         u, v = codes(products, CODES), codes(products, CODES).view(torch.int8)
         return ByteForm(u, v, None, torch.zeros(CODES, dtype=torch.int32))
 
-    def product(m: int, n: int, k: int, products: int = 0) -> float:
+    def product(m: int, n: int, k: int, products: int = 0) -> Callable[[], object]:
         x, w = codes(m, k), codes(n, k)
         if products:
-            return _fastest(lambda: dot_products.form_matmul(x, w, form(products)))
-        return _fastest(lambda: cpu.lut_matmul(x, w, table))
+            return lambda: dot_products.form_matmul(x, w, form(products))
+        return lambda: cpu.lut_matmul(x, w, table)
 
-    def depthwise(b: int, c: int, size: int, products: int = 0) -> float:
+    def depthwise(b: int, c: int, size: int, products: int = 0) -> Callable[[], object]:
         x, w, geometry = codes(b, c, size, size), codes(c, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 0)
         if products:
-            return _fastest(lambda: depthwise_dots.form_dwconv2d(x, w, form(products), *geometry))
-        return _fastest(lambda: cpu.lut_dwconv2d(x, w, table, *geometry))
+            return lambda: depthwise_dots.form_dwconv2d(x, w, form(products), *geometry)
+        return lambda: cpu.lut_dwconv2d(x, w, table, *geometry)
 
+    few = (2, 256, 512)
     dense = [(4096, 64, 288), (784, 64, 288)]
-    lookup, per_table = _solve([(m * n * k, n * k) for m, n, k in dense], [product(*shape) for shape in dense])
-    gather = product(2, 256, 512) / (2 * 256 * 512)
-    shapes = [(4096, 64, 288, 1), (4096, 64, 288, 3), (4096, 16, 288, 2), (64, 512, 512, 1), (64, 512, 512, 2)]
-    multiply, feature, pack = _solve(
-        [(p * m * n * k, p * m * k, p * n * k) for m, n, k, p in shapes], [product(*shape) for shape in shapes]
-    )
+    dots = [(1024, 256, 1024, 1), (1024, 256, 1024, 3), (2048, 64, 128, 1), (2048, 16, 512, 2), (64, 512, 512, 2)]
     planes = [(8, 64, 28), (8, 64, 7)]
-    per_lookup, of_table = _solve(
-        [(b * c * s * s * 9, c * 9) for b, c, s in planes], [depthwise(*plane) for plane in planes]
-    )
-    planes = [(8, 64, 28, 1), (8, 64, 28, 3), (8, 64, 7, 1)]
-    tap, plane = _solve(
-        [(p * b * c * s * s * 9, p * b * c * s * s) for b, c, s, p in planes], [depthwise(*plane) for plane in planes]
-    )
-    return Rates(lookup, per_table, gather, multiply, feature, pack, per_lookup, of_table, tap, plane)
+    dotted = [(*plane, products) for plane in planes for products in (1, 4)]
+    calls = [product(*shape) for shape in (few, *dense, *dots)] + [depthwise(*shape) for shape in (*planes, *dotted)]
+    times = iter(_fastest(calls))
+    gather = next(times) / math.prod(few)
+    of_tables = _solve([(m * n * k, n * k) for m, n, k in dense], times)
+    of_dots = _solve([(p * m * n * k, p * m * k, p * n * k, m * n) for m, n, k, p in dots], times)
+    of_planes = _solve([(b * c * s * s * 9, c * 9) for b, c, s in planes], times)
+    of_dotted = _solve([(p * b * c * s * s * 9, p * c * 9, b * c * s * s) for b, c, s, p in dotted], times)
+    return Rates(*of_tables, gather, *of_dots, *of_planes, *of_dotted)
 
 
-def _fastest(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):  # the first one compiles
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _fastest(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The least seconds of each; the runs are interleaved, so that what else the machine does meets all alike."""
+    times = [math.inf] * len(calls)
+    for repeat in range(_REPEATS + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if repeat:  # the first one compiles
+                times[i] = min(times[i], time.perf_counter() - start)
+    return times
 
 
-def _solve(counts: Sequence[Sequence[int]], times: Sequence[float]) -> list[float]:
-    """Rates, not negative, with which the counts come nearest to the times, relative to these."""
+def _solve(counts: Sequence[Sequence[int]], times: Iterable[float]) -> list[float]:
+    """Rates, not negative, with which the counts come nearest to the next of the times, relative to these."""
+    times = list(itertools.islice(times, len(counts)))
     shares = np.array(counts, float) / np.array(times)[:, None]
     scale = shares.max(axis=0)
     used = list(range(shares.shape[1]))
