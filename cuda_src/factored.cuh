@@ -40,6 +40,11 @@ constexpr int STAGE_OCTETS = 4;                      // one for each thread of a
 constexpr int LINE_BYTES = 128;                      // all banks
 constexpr int TABLE_BYTES = CODES * LINE_BYTES;      // 32 KiB
 constexpr int SLOT_VECTORS = WARP;                   // 16 bytes each of w_packed: 16 lanes, a stage, a slot
+#if __CUDA_ARCH__ >= 1000
+constexpr int UNROLLED_STEPS = 1;  // more do not fit the registers with that compiler
+#else
+constexpr int UNROLLED_STEPS = 4;
+#endif
 static_assert(OCTET == 8 && STAGE_OCTETS == 4, "an mma's depth is 8 slots of 4 k's or 4 slots of 8");
 
 // Stages of a pass.
@@ -212,7 +217,7 @@ template <int SLOTS, int FRAGMENTS, int ROWS>
 __device__ void multiply_half(int (&sums)[FRAGMENTS][ROWS][4], const char* table, const char* stage,
                               const unsigned (&codes)[ROWS]) {
     const unsigned thread = threadIdx.x % WARP, copy = thread * SLOTS % LINE_BYTES;
-#pragma unroll 1
+#pragma unroll UNROLLED_STEPS
     for (int step = 0; step < SLOTS / 2; ++step) {
         unsigned a[FRAGMENTS][4], b[ROWS][2];
 #pragma unroll

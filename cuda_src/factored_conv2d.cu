@@ -24,9 +24,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    factored_conv2d_tile64x64_slots4(const code* x_packed, const uint4* w_packed, const code* u, const int* by_lane,
+    factored_conv2d_tile64x56_slots4(const code* x_packed, const uint4* w_packed, const code* u, const int* by_lane,
                                      const int* by_pixel, int* out, const Geometry g, int terms, int has_by_row) {
-    factored<4, 4, 8>(x_packed, w_packed, u, by_lane, by_pixel, out, g, terms, has_by_row);
+    factored<4, 4, 7>(x_packed, w_packed, u, by_lane, by_pixel, out, g, terms, has_by_row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -39,16 +39,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     factored_conv2d_tile32x32_slots4(const code* x_packed, const uint4* w_packed, const code* u, const int* by_lane,
                                      const int* by_pixel, int* out, const Geometry g, int terms, int has_by_row) {
     factored<4, 2, 4>(x_packed, w_packed, u, by_lane, by_pixel, out, g, terms, has_by_row);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    factored_conv2d_tile16x16_slots8(const code* x_packed, const uint4* w_packed, const code* u, const int* by_lane,
-                                     const int* by_pixel, int* out, const Geometry g, int terms, int has_by_row) {
-    factored<8, 1, 2>(x_packed, w_packed, u, by_lane, by_pixel, out, g, terms, has_by_row);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    factored_conv2d_tile16x16_slots4(const code* x_packed, const uint4* w_packed, const code* u, const int* by_lane,
-                                     const int* by_pixel, int* out, const Geometry g, int terms, int has_by_row) {
-    factored<4, 1, 2>(x_packed, w_packed, u, by_lane, by_pixel, out, g, terms, has_by_row);
 }

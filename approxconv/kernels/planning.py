@@ -321,9 +321,7 @@ class _Gather:
         ]  # fmt: skip
 
 
-def fitting(
-    problem: Problem, size: Callable[[Problem], int], budget: int, axes: Sequence[str]
-) -> list[Problem] | None:
+def fitting(problem: Problem, size: Callable[[Problem], int], budget: int, axes: Sequence[str]) -> list[Problem] | None:
     """Cut in halves, along the first of `axes` that has more than one, until `size` fits `budget`."""
     if size(problem) <= budget:
         return [problem]
