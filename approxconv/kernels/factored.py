@@ -38,10 +38,11 @@ SCRATCH = X_SCRATCH + W_SCRATCH + PARTIAL_SCRATCH  # of packed activations and w
 MAX_SPLITS, MOST_SPLIT = 32, 2**24  # splits, and outputs of a problem that is worth any
 WARPS = (1, 2, 4, 8)  # a block
 # Costs in clocks of a multiprocessor, estimates: an mma.m16n8k32 takes one of four tensor cores 8 (an A100's; an H100's
-# about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels; no stage is shorter than a read of global
-# memory; a pass begins with filling its table, and an output added to costs as much as this many written.
-TENSOR_CORES, MMA_CLOCKS, LANES_CLOCKS, PIXELS_CLOCKS = 4, 8, 4, 2
-STAGE_CLOCKS, PASS_CLOCKS = 600, 1500
+# about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels, and of the shorter of both a quarter is
+# not hidden; no stage is shorter than a read of global memory; a pass begins with one and with filling its table, which
+# takes a lone warp 4,000. Splits write zeros and add each at this many bytes a clock.
+TENSOR_CORES, MMA_CLOCKS, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 8, 4, 2, 0.75
+STAGE_CLOCKS, PASS_CLOCKS, FILL_CLOCKS, SPLIT_BYTES = 600, 600, 4000, 20
 PACK_BLOCKS = np.dtype([(name, np.int32) for name in ("octets", "fragments", "lanes", "pixels", "zeros")], align=True)
 
 
@@ -107,10 +108,13 @@ class _Kernels:
         rows, columns = lanes // self.lanes, pixels // self.pixels
         multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * MMA_CLOCKS
         read_shared = together * warps * (rows * LANES_CLOCKS + columns * PIXELS_CLOCKS)
-        stage = max(max(multiply, read_shared) * slots, STAGE_CLOCKS)
-        one_pass = ceil_div(self.stages(problem), splits) * stage + PASS_CLOCKS
+        stage = multiply + read_shared - HIDDEN * min(multiply, read_shared)
+        stages = ceil_div(self.stages(problem), splits)
+        one_pass = stages * max(stage * slots, STAGE_CLOCKS) + PASS_CLOCKS + FILL_CLOCKS / warps
         passes = ceil_div(self.terms, slots)
-        return ceil_div(of_multiprocessor, together) * passes * one_pass + 2 * LAUNCH_CLOCKS
+        added = 4 * problem.groups * problem.lanes * problem.pixels * (splits + 1) if splits > 1 else 0
+        split = added / (SPLIT_BYTES * target.multiprocessors)
+        return ceil_div(of_multiprocessor, together) * passes * one_pass + split + 2 * LAUNCH_CLOCKS
 
     def best(self, problem: Problem, target: Target) -> tuple[float, _Variant]:
         """(clocks, variant) of the cheapest way."""
@@ -118,7 +122,13 @@ class _Kernels:
         splits = min(MAX_SPLITS, self.stages(problem)) if self.terms and outputs <= MOST_SPLIT else 1
         fit = [tile for tile in self.tiles if self.shared(tile[0], tile[2]) <= target.shared_bytes]
         variants = [(*tile, warps, split) for tile, warps, split in product(fit, WARPS, range(1, splits + 1))]
-        return min((self.clocks(problem, variant, target), variant) for variant in variants)
+
+        def cost(variant: _Variant) -> tuple[float, int, int]:
+            *_, warps, split = variant
+            return self.clocks(problem, variant, target), split, -warps  # large blocks share more weights
+
+        best = min(variants, key=cost)
+        return self.clocks(problem, best, target), best
 
     def checked(self, variant: tuple[int, ...], problem: Problem) -> _Variant:
         """A variant asked for, if the source has it, with no more splits than there are stages."""
