@@ -43,7 +43,7 @@ constexpr int SLOT_VECTORS = WARP;                   // 16 bytes each of w_packe
 #if __CUDA_ARCH__ >= 1000
 constexpr int UNROLLED_STEPS = 1;  // more do not fit the registers with that compiler
 #else
-constexpr int UNROLLED_STEPS = 4;
+constexpr int UNROLLED_STEPS = 2;
 #endif
 static_assert(OCTET == 8 && STAGE_OCTETS == 4, "an mma's depth is 8 slots of 4 k's or 4 slots of 8");
 
@@ -292,78 +292,73 @@ __device__ void pass(int (&sums)[FRAGMENTS][ROWS][4], char* shared, const code* 
 template <int SLOTS, int FRAGMENTS, int ROWS>
 __device__ void factored(const code* x, const uint4* w, const code* u, const int* by_lane, const int* by_pixel, int* out,
                          const Geometry& g, int terms, int has_by_row) {
+    constexpr int PIXELS = ROWS * FRAGMENT_PIXELS;
     extern __shared__ __align__(16) char shared[];
     const Packed packed(g, FRAGMENT_LANES);
     const int thread = threadIdx.x % WARP, quad = thread / 4, of_quad = thread % 4;
-    const int pixel_tiles = ceil_div(g.pixels(), int(blockDim.x) / WARP * ROWS * FRAGMENT_PIXELS);
+    const int pixel_tiles = ceil_div(g.pixels(), int(blockDim.x) / WARP * PIXELS);
     const int lane_tiles = ceil_div(packed.tiles, FRAGMENTS), job = blockIdx.x / pixel_tiles;
     const int group = job / lane_tiles, first_tile = job % lane_tiles * FRAGMENTS;
-    const int first_pixel =
-        (blockIdx.x % pixel_tiles * (blockDim.x / WARP) + threadIdx.x / WARP) * ROWS * FRAGMENT_PIXELS;
-    const int first_lane = first_tile * FRAGMENT_LANES + quad;
-    by_lane += group * g.lanes;
+    const int warp = threadIdx.x / WARP, first_lane = first_tile * FRAGMENT_LANES + quad;
+    const int first_pixel = (blockIdx.x % pixel_tiles * (blockDim.x / WARP) + warp) * PIXELS;
 
-    // Pixels and lanes past the last one have its sums, and are not written.
-    int sums[FRAGMENTS][ROWS][4] = {};
-    if (blockIdx.y == 0) {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                unsigned start = 0;
-                if (has_by_row) {
-                    const int pixel = min(first_pixel + i * FRAGMENT_PIXELS + of_quad * 2 + j, g.pixels() - 1);
-                    const int* from = by_pixel + (group * packed.plane + packed.row_at(g, pixel)) / OCTET;
-#pragma unroll 1
-                    for (int r = 0; r < g.kernel_h; ++r)
-#pragma unroll 1
-                        for (int s = 0; s < g.kernel_w; ++s)
-                            start += unsigned(from[r * g.dil_h * packed.width + s * g.dil_w]);
-                }
-#pragma unroll
-                for (int f = 0; f < FRAGMENTS; ++f) sums[f][i][j] = sums[f][i][j + 2] = int(start);
-            }
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const unsigned start = by_lane[min(first_lane + f * FRAGMENT_LANES + j / 2 * 8, g.lanes - 1)];
-#pragma unroll
-                for (int i = 0; i < ROWS; ++i) sums[f][i][j] = int(unsigned(sums[f][i][j]) + start);
-            }
+    // What takes divisions is worked out once a pixel, and handed over where the table will be.
+    int row_at[ROWS], sums[FRAGMENTS][ROWS][4];
+    int2* of_pixels = reinterpret_cast<int2*>(shared) + warp * PIXELS;
+    for (int i = thread; i < PIXELS; i += WARP) {
+        of_pixels[i].x = packed.row_at(g, min(first_pixel + i, g.pixels() - 1));  // past the last one: not written
+        unsigned start = 0;
+        if (has_by_row && blockIdx.y == 0) {
+            const int* from = by_pixel + (group * packed.plane + of_pixels[i].x) / OCTET;
+            for (int r = 0; r < g.kernel_h; ++r)
+                for (int s = 0; s < g.kernel_w; ++s) start += unsigned(from[r * g.dil_h * packed.width + s * g.dil_w]);
+        }
+        of_pixels[i].y = int(start);
     }
+    __syncwarp();
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int lane = group * g.lanes + min(first_lane + f * FRAGMENT_LANES + j / 2 * 8, g.lanes - 1);
+            const unsigned start = blockIdx.y == 0 ? by_lane[lane] : 0;
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i)
+                sums[f][i][j] = int(start + unsigned(of_pixels[i * FRAGMENT_PIXELS + of_quad * 2 + j % 2].y));
+        }
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) row_at[i] = of_pixels[i * FRAGMENT_PIXELS + quad].x;
 
     const int stages = stages_of(packed), pass_vectors = SLOTS * stages * packed.tiles * SLOT_VECTORS;
     const int begin = int(int64(stages) * blockIdx.y / gridDim.y);
     const int end = int(int64(stages) * (blockIdx.y + 1) / gridDim.y);
-    int row_at[ROWS];
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-        row_at[i] = packed.row_at(g, min(first_pixel + i * FRAGMENT_PIXELS + quad, g.pixels() - 1));
     const unsigned x_at = group * packed.octets * packed.plane;
     unsigned w_at = group * ceil_div(terms, SLOTS) * pass_vectors;
 #pragma unroll 1
     for (; terms > 0; terms -= SLOTS, u += SLOTS * CODES, w_at += pass_vectors)
         pass<SLOTS>(sums, shared, x, x_at, row_at, w, w_at, first_tile, u, terms, begin, end, g, packed);
 
-    out += group * g.out_group;
+    __syncthreads();  // the last pass has been read
+    int64* out_at = reinterpret_cast<int64*>(shared) + warp * PIXELS;
+    for (int i = thread; i < PIXELS; i += WARP)
+        out_at[i] = first_pixel + i < g.pixels() ? group * g.out_group + g.out_at(first_pixel + i) : -1;
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i)
+    for (int f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int pixel = first_pixel + i * FRAGMENT_PIXELS + of_quad * 2 + j;
-            if (pixel >= g.pixels()) continue;
-            int* to = out + g.out_at(pixel);
+        for (int h = 0; h < 2; ++h) {
+            const int lane = first_lane + f * FRAGMENT_LANES + h * 8;
+            int* of_lane = out + lane * g.out_lane;
 #pragma unroll
-            for (int f = 0; f < FRAGMENTS; ++f)
+            for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int n = first_lane + f * FRAGMENT_LANES + h * 8;
-                    if (n >= g.lanes) continue;
+                for (int j = 0; j < 2; ++j) {
+                    const int64 at = out_at[i * FRAGMENT_PIXELS + of_quad * 2 + j];
+                    if (lane >= g.lanes || at < 0) continue;
                     if (gridDim.y == 1)
-                        to[n * g.out_lane] = sums[f][i][j + 2 * h];
+                        of_lane[at] = sums[f][i][h * 2 + j];
                     else
-                        atomicAdd(to + n * g.out_lane, sums[f][i][j + 2 * h]);
+                        atomicAdd(of_lane + at, sums[f][i][h * 2 + j]);
                 }
         }
 }

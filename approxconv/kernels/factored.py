@@ -94,7 +94,7 @@ class _Kernels:
         return [small for part in parts for small in fitting(part, w_bytes, budget, ("groups", "lanes"))]
 
     def shared(self, lanes: int, slots: int) -> int:
-        return self.table_bytes + 2 * lanes // self.lanes * slots * self.slot_bytes if self.terms else 0
+        return self.table_bytes + (2 * lanes // self.lanes * slots * self.slot_bytes if self.terms else 0)
 
     def blocks(self, problem: Problem, lanes: int, pixels: int, warps: int) -> int:
         return problem.groups * ceil_div(problem.lanes, lanes) * ceil_div(problem.pixels, pixels * warps)
@@ -102,9 +102,8 @@ class _Kernels:
     def clocks(self, problem: Problem, variant: _Variant, target: Target) -> float:
         lanes, pixels, slots, warps, splits = variant
         of_multiprocessor = ceil_div(self.blocks(problem, lanes, pixels, warps) * splits, target.multiprocessors)
-        together = min(of_multiprocessor, max(1, self.threads // self.warp // warps))
-        if self.terms:
-            together = min(together, max(1, target.shared_bytes // self.shared(lanes, slots)))
+        fit = min(self.threads // self.warp // warps, target.shared_bytes // self.shared(lanes, slots))
+        together = min(of_multiprocessor, max(1, fit))
         rows, columns = lanes // self.lanes, pixels // self.pixels
         multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * MMA_CLOCKS
         read_shared = together * warps * (rows * LANES_CLOCKS + columns * PIXELS_CLOCKS)
