@@ -255,9 +255,9 @@ def markdown(rows: Sequence[Measurement], best: Ceilings, host: float) -> str:
     lines = [
         f"`lut_conv2d` and `lut_dwconv2d` with a random 16-bit table, engine `cuda`, batch {BATCH}, cold second-level "
         "cache; native is cuDNN in whichever of NCHW and channels_last is faster; the gather is a kernel as published "
-        "emulators write it (`benchmarks/gather_baseline.cu`), on patches cut out beforehand. Factored: TMAC/s of the "
-        "tensor-core kernels on random tables of an error rank; int8: of one product of the patches' bytes by `_int_mm`, "
-        "of which a table of rank R takes 1 + R. Medians.",
+        "emulators write it (`benchmarks/gather_baseline.cu`), on patches cut out beforehand. Factored: the "
+        "tensor-core kernels on random tables of an error rank, TMAC/s; int8: one product of the patches' bytes by "
+        "`_int_mm`, of which a table of rank R takes 1 + R. Medians.",
         "",
         f"Ceilings of this device: {best.copy / 1e9:.0f} GB/s by a copy, {best.int8 / 1e12:.0f} TMAC/s by `_int_mm`. "
         f"Host time of a small call: {host:.0f} µs.",

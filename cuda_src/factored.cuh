@@ -119,9 +119,7 @@ __device__ inline uint4 packed_fragment(const code* w, const signed char* v, con
     const int stages = stages_of(packed), stage = at / (WARP * slots * packed.tiles) % stages;
     const int pass = at / (WARP * slots * packed.tiles * stages) % ceil_div(terms, slots);
     const int group = at / (WARP * slots * packed.tiles * stages) / ceil_div(terms, slots);
-    const int octet = thread % 4 * stages + stage;
-    if (octet >= packed.stages) return make_uint4(0, 0, 0, 0);
-    const Walk walk(g, packed, octet);
+    const Walk walk(g, packed, thread % 4 * stages + stage);  // past the last octet no channels are left
     unsigned words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

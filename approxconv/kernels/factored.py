@@ -45,7 +45,6 @@ TENSOR_CORES, MMA_CLOCKS, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 8, 4, 2, 0.75
 STAGE_CLOCKS, PASS_CLOCKS, FILL_CLOCKS, SPLIT_BYTES = 600, 600, 4000, 20
 PACK_BLOCKS = np.dtype([(name, np.int32) for name in ("octets", "fragments", "lanes", "pixels", "zeros")], align=True)
 
-
 _Variant = tuple[int, int, int, int, int]  # lanes a block, pixels a warp, slots a pass, warps a block, splits
 
 
@@ -223,10 +222,17 @@ def factored_steps(
 class FactoredKernelEngine(PlannedEngine):
     """The operators on factored tables. Parameters are those of `PlannedEngine`, variants those of `factored_steps`.
 
-    Its kernels need tensor cores for bytes: sm_75 or newer.
+    Its kernels need tensor cores that take bytes: sm_75 or newer.
     """
 
     operators = FACTORED_OPERATORS
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why tensors on `device` cannot be computed with, or None."""
+        reason = super().unavailable(device)
+        if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
+            return f"it needs tensor cores that take bytes, sm_75 or newer, got {torch.cuda.get_device_name(device)}"
+        return reason
 
     def _compute(self, op: str, problem: Problem, x: Tensor, w: Tensor, form: ByteForm, out: Tensor) -> None:
         source, target = self._source(op), self._target(x.device)

@@ -238,7 +238,8 @@ def _factored_cases(op: str, shapes: Sequence[tuple[Any, ...]]) -> Iterator[Fact
 
 def _factored_gemm_cases() -> Iterator[FactoredCase]:
     shapes = (
-        ((70, 101), (67, 101)),
+        ((190, 37), (67, 37)),
+        ((70, 101), (33, 101)),
         ((1, 1), (1, 1)),
         ((2, 33, 9), (5, 9)),
         ((2, 1, 40, 8), (3, 6, 8)),

@@ -228,14 +228,14 @@ def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path):
         *(
             pytest.param("factored_conv2d", "factored.cuh", *edit, marks=pytest.mark.slow)
             for edit in (
-                ("octet >= packed.stages) return", "false) return"),
+                ("channel >= walk.channels_left()) return 0", "channel >= walk.channels_left()) return 1"),
                 ("inside ? x[c * g.x_channel] : g.pad_code", "inside ? x[c * g.x_channel] : 0"),
-                ("min(octet, packed.stages - 1)", "0"),
+                ("min(octet, packed.stages - 1)", "min(begin, packed.stages - 1)"),
             )
         ),
     ],
     ids=[
-        "swapped table index", "unmasked tail", "padding with zero", "unmasked octets", "sums of zero padding",
+        "swapped table index", "unmasked tail", "padding with zero", "unmasked channels", "sums of zero padding",
         "octets of another quarter",
     ],
 )  # fmt: skip

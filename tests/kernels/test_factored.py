@@ -128,3 +128,12 @@ def test_tensors_elsewhere_are_refused():
 def test_kernels_of_other_operators_are_refused(engine, kernel):
     with pytest.raises(ValueError, match=rf"kernel source '{kernel}' must define kernels of {engine.operators[0]}, "):
         engine.beside(host_cuda.engine).with_kernel(kernel)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((7, 5), False), ((12, 0), False)])
+def test_devices_without_tensor_cores_for_bytes_are_refused(monkeypatch, capability, refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old One")
+    engine = FactoredKernelEngine("cuda", lambda device: host_cuda.TARGET, lambda plans, device: None, lambda: None)
+    reason = engine.unavailable(torch.device("cuda"))
+    assert ("sm_75 or newer, got Old One" in reason) if refused else reason is None
