@@ -1,4 +1,4 @@
-"""Layers of ResNet-18, ResNet-50 and MobileNetV2 on a GPU: the LUT operators, cuDNN, a gather as peers write it."""
+"""Layers of ResNet-18, ResNet-50 and MobileNetV2 on a GPU: LUT operators, factored, cuDNN, a gather as peers do it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from approxconv.engines.byte_form import ByteForm
 from approxconv.kernels import Plan, launch, read, use_source
+from approxconv.kernels.factored import cuda_engine
 from approxconv.kernels.verify import device_seconds
 
 from .cpu import geometric_mean
@@ -20,6 +22,7 @@ BATCH = 64
 SOURCES = Path(__file__).parent
 _FLUSH_BYTES = 256 * 2**20  # more than the second-level cache of any GPU
 _COPY_BYTES = 2**30
+ERROR_RANKS = (1, 4, 16)  # of factored tables: a product more
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,11 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of each way to compute a layer; `gather` is None for a depthwise one, which peers do otherwise."""
+    """Median seconds of each way to compute a layer.
+
+    For a depthwise one `gather` is None, which peers do otherwise, and so are `int8`, one product of its patches' bytes
+    by cuBLASLt, and `factored`, one figure for each of `ERROR_RANKS`.
+    """
 
     layer: Layer
     seconds: float
@@ -88,6 +95,8 @@ class Measurement:
     tf32: float
     fp16: float
     gather: float | None
+    int8: float | None = None
+    factored: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,13 +172,18 @@ def gather_plan(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, y: torch.
     )  # fmt: skip
 
 
+def _patches(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The codes that each output pixel sees, ``(M, K)``."""
+    pad = layer.kernel // 2
+    patches = F.pad(x, (pad,) * 4).unfold(2, layer.kernel, layer.stride).unfold(3, layer.kernel, layer.stride)
+    return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.channels * layer.kernel**2)
+
+
 def _gather(
     layer: Layer, x: torch.Tensor, w: torch.Tensor, table: torch.Tensor, y: torch.Tensor, repeats: int
 ) -> float:
     """The peers' kernel on patches that were cut out beforehand, which is not timed; its result is compared with y."""
-    pad = layer.kernel // 2
-    patches = F.pad(x, (pad,) * 4).unfold(2, layer.kernel, layer.stride).unfold(3, layer.kernel, layer.stride)
-    rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, layer.channels * layer.kernel**2)
+    rows = _patches(layer, x)
     out = torch.empty(len(rows), layer.filters, dtype=torch.int32, device="cuda")
     with use_source(SOURCES):
         plan = gather_plan(rows, w.reshape(layer.filters, -1), table, out)
@@ -177,6 +191,33 @@ def _gather(
     if not torch.equal(out, y.permute(0, 2, 3, 1).reshape(out.shape)):
         raise AssertionError(f"{layer.name}: the engine and the baseline gather disagree")
     return seconds
+
+
+def _int8(layer: Layer, x: torch.Tensor, w: torch.Tensor, repeats: int) -> float:
+    """One product of bytes by cuBLASLt, on patches that were cut out beforehand, which is not timed."""
+    rows, columns = (
+        F.pad(codes, (0, -codes.shape[1] % 16)).view(torch.int8)  # which it wants of a length
+        for codes in (_patches(layer, x), w.reshape(layer.filters, -1))
+    )
+    return _median(lambda: torch._int_mm(rows, columns.T), repeats)
+
+
+def _factored(
+    layer: Layer, x: torch.Tensor, w: torch.Tensor, geometry: Sequence[Sequence[int]], rank: int, repeats: int
+) -> float:
+    """The tensor-core kernels on a random table of an error rank; their result is compared with that of row tables."""
+    generator = torch.Generator(device="cuda").manual_seed(rank)
+    draw = {"size": (1 + rank, 256), "device": "cuda", "generator": generator}
+    form = ByteForm(
+        torch.randint(0, 256, dtype=torch.uint8, **draw), torch.randint(-128, 128, dtype=torch.int8, **draw), None,
+        torch.zeros(256, dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    table = (form.u.T.cpu().int() @ form.v.cpu().int()).cuda()
+    engine = cuda_engine()
+    got = engine.lut_conv2d(x, w, form, *geometry, 1, 0)
+    if not torch.equal(got, torch.ops.approxconv.lut_conv2d(x, w, table, *geometry, 1, 0)):
+        raise AssertionError(f"{layer.name}: the factored engine and row tables disagree at rank {rank}")
+    return _median(lambda: engine.lut_conv2d(x, w, form, *geometry, 1, 0), repeats)
 
 
 def measure(layer: Layer, repeats: int) -> Measurement:
@@ -204,6 +245,8 @@ def measure(layer: Layer, repeats: int) -> Measurement:
         _native(layer, torch.float32, True, repeats),
         _native(layer, torch.float16, True, repeats),
         None if layer.depthwise else _gather(layer, x, w, table, y, max(1, repeats // 5)),
+        None if layer.depthwise else _int8(layer, x, w, repeats),
+        None if layer.depthwise else tuple(_factored(layer, x, w, geometry, rank, repeats) for rank in ERROR_RANKS),
     )
 
 
@@ -212,21 +255,26 @@ def markdown(rows: Sequence[Measurement], best: Ceilings, host: float) -> str:
     lines = [
         f"`lut_conv2d` and `lut_dwconv2d` with a random 16-bit table, engine `cuda`, batch {BATCH}, cold second-level "
         "cache; native is cuDNN in whichever of NCHW and channels_last is faster; the gather is a kernel as published "
-        "emulators write it (`benchmarks/gather_baseline.cu`), on patches cut out beforehand. Medians.",
+        "emulators write it (`benchmarks/gather_baseline.cu`), on patches cut out beforehand. Factored: the "
+        "tensor-core kernels on random tables of an error rank, TMAC/s; int8: one product of the patches' bytes by "
+        "`_int_mm`, of which a table of rank R takes 1 + R. Medians.",
         "",
         f"Ceilings of this device: {best.copy / 1e9:.0f} GB/s by a copy, {best.int8 / 1e12:.0f} TMAC/s by `_int_mm`. "
         f"Host time of a small call: {host:.0f} µs.",
         "",
-        "| layer | ms | TMAC/s | share of copy bandwidth | ratio to fp32 | to TF32 | to fp16 | times gather |",
-        "|---|---|---|---|---|---|---|---|",
+        "| layer | ms | TMAC/s | share of copy bandwidth | ratio to fp32 | to TF32 | to fp16 | times gather "
+        f"| {' | '.join(f'factored, rank {rank}' for rank in ERROR_RANKS)} | int8 |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * (len(ERROR_RANKS) + 1),
     ]
     for row in rows:
         gain = "" if row.gather is None else f"{row.gather / row.seconds:.1f}"
+        times = (None,) * (len(ERROR_RANKS) + 1) if row.factored is None else (*row.factored, row.int8)
+        byte_rates = " | ".join("" if each is None else f"{row.layer.macs / each / 1e12:.1f}" for each in times)
         ratios = " | ".join(f"{native / row.seconds:.2f}" for native in (row.fp32, row.tf32, row.fp16))
         bandwidth = row.layer.bytes / row.seconds / best.copy
         lines.append(
             f"| {row.layer.name} | {1e3 * row.seconds:.3f} | {row.layer.macs / row.seconds / 1e12:.2f} "
-            f"| {bandwidth:.2f} | {ratios} | {gain} |"
+            f"| {bandwidth:.2f} | {ratios} | {gain} | {byte_rates} |"
         )
     lines.append("")
     for label, some in (

@@ -19,17 +19,15 @@
 // all 8 slots, whatever their codes are. The order of the k's differs by thread, their sum does not.
 // Packed sums: a pair of steps gives two entries of each column; one byte permutation pairs them, one dp2a adds both.
 //
-// Operands are packed first (`pack_operands`): x as [group][channel / 8][padded pixel][8 channels] with its padding filled
-// in, so that a thread's 8 codes of a stage are one aligned load and consecutive threads' loads are consecutive; w as
-// [group][lane tile][k / 8][8 k's][LANES]. A k is (channel / 8, kernel row, kernel column, channel % 8).
+// Operands are packed first (`pack_operands`): x as packing.cuh has it, w as [group][lane tile][k / 8][8 k's][LANES].
 // Channels that fill up the last 8 are masked: their slots hold zeros, whatever the table says of any code.
 // Splits of the k's (grid.y) write partial sums out_split apart, which `reduce_splits` adds in a fixed order.
 #pragma once
 
-#include "lut.cuh"
+#include "packing.cuh"
 
 constexpr int THREADS = 384;                          // most threads a block: 168 registers each, for 10 rows
-constexpr int STEPS = 8;                              // k's a stage
+constexpr int STEPS = OCTET;                          // k's a stage
 constexpr int SLOT_BYTES = 16;                        // entries of one (code, k): a 128-bit read
 constexpr int LINE_BYTES = STEPS * SLOT_BYTES;        // 128
 constexpr int STAGE_BYTES = CODES * LINE_BYTES;       // 32 KiB
@@ -37,57 +35,10 @@ constexpr int SHARED_BYTES = 2 * STAGE_BYTES;         // one stage being added, 
 constexpr int LANES_INT16 = SLOT_BYTES / 2;           // columns a tile, by type of entry
 constexpr int LANES_INT32 = SLOT_BYTES / 4;
 constexpr int BUILD_CODES = 4;                        // codes a thread builds at once
-constexpr int PACK_THREADS = 256;
 static_assert(STEPS == 8 && SLOT_BYTES == 16 && BUILD_CODES == 4, "packing and permutations are written for these");
 
 template <typename Entry>
 constexpr int LANES = SLOT_BYTES / int(sizeof(Entry));
-
-// Sizes of the packed operands.
-struct Packed {
-    int height, width;  // of a padded image
-    int octets;         // channels / 8, rounded up
-    int plane;          // bytes of one octet: images·height·width·8
-    int stages;         // octets·taps
-    int tiles;          // lane tiles a group
-
-    __device__ Packed(const Geometry& g, int lanes)
-        : height((g.out_h - 1) * g.step_h + (g.kernel_h - 1) * g.dil_h + 1),
-          width((g.out_w - 1) * g.step_w + (g.kernel_w - 1) * g.dil_w + 1),
-          octets(ceil_div(g.channels, STEPS)),
-          plane(g.images * height * width * STEPS),
-          stages(octets * g.taps()),
-          tiles(ceil_div(g.lanes, lanes)) {}
-    // Bytes from an octet's first code to that of an output pixel's first tap.
-    __device__ int row_at(const Geometry& g, int pixel) const {
-        const int image = pixel / (g.out_h * g.out_w), row = pixel / g.out_w % g.out_h, col = pixel % g.out_w;
-        return ((image * height + row * g.step_h) * width + col * g.step_w) * STEPS;
-    }
-};
-
-// A stage's place in the order of the k's.
-struct Walk {
-    const Geometry& g;
-    const Packed& packed;
-    int octet, r, s;
-
-    __device__ Walk(const Geometry& g, const Packed& packed, int stage)
-        : g(g), packed(packed), octet(stage / g.taps()), r(stage % g.taps() / g.kernel_w), s(stage % g.kernel_w) {}
-    // Bytes from a row's first tap to its codes of this stage.
-    __device__ int shift() const { return octet * packed.plane + (r * g.dil_h * packed.width + s * g.dil_w) * STEPS; }
-    __device__ int channels_left() const { return g.channels - octet * STEPS; }
-    // Go to the next stage; by how many bytes the shift grows.
-    __device__ int next() {
-        const int tap = g.dil_w * STEPS, row = g.dil_h * packed.width * STEPS;
-        if (++s < g.kernel_w) return tap;
-        s = 0;
-        const int back = (1 - g.kernel_w) * tap;
-        if (++r < g.kernel_h) return row + back;
-        r = 0;
-        ++octet;
-        return packed.plane + (1 - g.kernel_h) * row + back;
-    }
-};
 
 // One job packs 8 channels of one padded pixel, or the weights of one k for one lane tile.
 template <int LANES_>
@@ -97,26 +48,7 @@ __device__ void pack_operands(const code* x, const code* w, uint2* x_packed, cod
     for (int64 at = int64(blockIdx.x) * blockDim.x + threadIdx.x; at < int64(x_jobs) + w_jobs;
          at += int64(gridDim.x) * blockDim.x) {
         if (at < x_jobs) {
-            const int job = int(at), col = job % packed.width - g.pad_w;
-            const int row = job / packed.width % packed.height - g.pad_h;
-            const int image = job / (packed.width * packed.height) % g.images;
-            const int octet = job / (packed.plane / STEPS) % packed.octets;
-            const int group = job / (packed.plane / STEPS) / packed.octets;
-            const bool inside = row >= 0 && row < g.height && col >= 0 && col < g.width;
-            const code* from = x + group * g.x_group + octet * STEPS * g.x_channel;
-            from += inside ? image * g.x_image + row * g.x_row + col * g.x_col : 0;
-            if (inside && g.x_channel == 1 && octet * STEPS + STEPS <= g.channels && size_t(from) % sizeof(uint2) == 0) {
-                x_packed[job] = *reinterpret_cast<const uint2*>(from);
-                continue;
-            }
-            unsigned words[2] = {0, 0};
-#pragma unroll
-            for (int c = 0; c < STEPS; ++c) {
-                const bool real = inside && octet * STEPS + c < g.channels;
-                const unsigned value = real ? from[c * g.x_channel] : g.pad_code;
-                words[c / 4] |= value << c % 4 * 8;
-            }
-            x_packed[job] = make_uint2(words[0], words[1]);
+            x_packed[at] = packed_octet(x, g, packed, int(at));
         } else {
             const int job = int(at - x_jobs), c = job % STEPS, stage = job / STEPS % packed.stages;
             const int tile = job / (STEPS * packed.stages) % packed.tiles;

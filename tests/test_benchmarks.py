@@ -71,13 +71,19 @@ def test_the_gpu_table_says_what_was_measured():
     conv = next(layer for layer in gpu.LAYERS if not layer.depthwise)
     depthwise = next(layer for layer in gpu.LAYERS if layer.depthwise)
     rows = [
-        gpu.Measurement(conv, 2e-3, fp32=1e-3, tf32=5e-4, fp16=25e-5, gather=8e-3),
+        gpu.Measurement(
+            conv, 2e-3, fp32=1e-3, tf32=5e-4, fp16=25e-5, gather=8e-3, int8=1e-4, factored=(1e-4, 2e-4, 4e-4)
+        ),
         gpu.Measurement(depthwise, 1e-3, fp32=1e-3, tf32=1e-3, fp16=1e-3, gather=None),
     ]
     text = gpu.markdown(rows, gpu.Ceilings(copy=2 * depthwise.bytes / 1e-3, int8=1e12), host=20)
     assert f"| {conv.name} | 2.000 | {conv.macs / 2e-3 / 1e12:.2f} |" in text
-    assert "| 0.50 | 0.25 | 0.12 | 4.0 |" in text
-    assert f"| {depthwise.name} | 1.000 | {depthwise.macs / 1e-3 / 1e12:.2f} | 0.50 | 1.00 | 1.00 | 1.00 |  |" in text
+    rates = " | ".join(f"{conv.macs / seconds / 1e12:.1f}" for seconds in (1e-4, 2e-4, 4e-4, 1e-4))
+    assert f"| 0.50 | 0.25 | 0.12 | 4.0 | {rates} |" in text
+    assert (
+        f"| {depthwise.name} | 1.000 | {depthwise.macs / 1e-3 / 1e12:.2f} | 0.50 | 1.00 | 1.00 | 1.00 |  |  |  |  |  |"
+        in text
+    )
     assert "convolutions: 0.50 of native fp32, 4.0 times the gather" in text
 
 

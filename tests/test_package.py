@@ -26,7 +26,7 @@ assert all(p.grad is not None for p in approx.parameters())
 print(approxconv.__file__)
 """
 SOURCES = "from approxconv import kernels; print(kernels.source_dir(), *kernels.list())"
-KERNELS = ["lut_conv2d", "lut_dwconv2d", "lut_gemm"]
+KERNELS = ["factored_conv2d", "factored_gemm", "lut_conv2d", "lut_dwconv2d", "lut_gemm"]
 
 
 def run_python(code, *arguments, env=None, cwd=None, python=sys.executable):

@@ -1,6 +1,7 @@
 """Find, compile, plan, launch and verify the ``.cu`` files. The only importer of CuPy."""
 
 from .compile import KernelCompileError, compile_kernel, info
+from .factored import FactoredKernelEngine
 from .launch import device_target, launch, require_cupy
 from .operators import KernelEngine
 from .plan import Plan, Target
@@ -10,6 +11,7 @@ from .sources import list_sources as list
 from .verify import benchmark, verify
 
 __all__ = [
+    "FactoredKernelEngine",
     "KernelCompileError",
     "KernelEngine",
     "KernelRejectedError",

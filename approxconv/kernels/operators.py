@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ from .planning import Problem, Steps, bind, depthwise_steps, product_sum_steps
 from .sources import read
 
 _MOST_EDITS = 100  # during one call
-OPERATORS = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
+LUT_OPERATORS = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
+FACTORED_OPERATORS = ("factored_gemm", "factored_conv2d")
+OPERATORS = LUT_OPERATORS + FACTORED_OPERATORS
+
+_Engine = TypeVar("_Engine", bound="PlannedEngine")
 
 
 def operators_of(source: str) -> list[str]:
@@ -23,7 +28,7 @@ def operators_of(source: str) -> list[str]:
     return [op for op in OPERATORS if any(name.startswith(f"{op}_") for name in read(source).kernels)]
 
 
-def _replanned(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def replanned(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compute anew where another thread edited or swapped the kernel between planning and launching."""
 
     @wraps(operator)
@@ -38,8 +43,8 @@ def _replanned(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return computed
 
 
-class KernelEngine:
-    """The operators by kernels.
+class PlannedEngine:
+    """Operators by kernels, whatever executes these.
 
     Parameters
     ----------
@@ -54,13 +59,15 @@ class KernelEngine:
     kernel : str, optional
         A kernel source that stands in for those of the operators whose kernels it defines.
     variant : tuple of int, optional
-        Instead of the planner's choice, see `product_sum_steps`.
+        Instead of the planner's choice.
 
     Raises
     ------
     ValueError
-        `kernel` defines no kernel of any operator.
+        `kernel` defines no kernel of any operator of this engine.
     """
+
+    operators: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -69,28 +76,33 @@ class KernelEngine:
         run: Callable[[Sequence[Plan], torch.device], None],
         require: Callable[[], object],
         kernel: str | None = None,
-        variant: tuple[int, int, int] | None = None,
+        variant: tuple[int, ...] | None = None,
     ) -> None:
         self._device_type, self._target, self._run, self._require = device_type, target, run, require
         self._kernel, self._variant = kernel, variant
-        if kernel is not None and not operators_of(kernel):
+        if kernel is not None and not set(operators_of(kernel)) & set(self.operators):
             raise ValueError(
-                f"kernel source {kernel!r} must define kernels of {', '.join(OPERATORS)}, it defines "
+                f"kernel source {kernel!r} must define kernels of {', '.join(self.operators)}, it defines "
                 f"{', '.join(read(kernel).kernels) or 'none'}"
             )
 
-    def with_kernel(self, kernel: str | None, variant: tuple[int, int, int] | None = None) -> KernelEngine:
-        """The same engine with another kernel source, or with a variant prescribed."""
-        return KernelEngine(self._device_type, self._target, self._run, self._require, kernel, variant)
+    @classmethod
+    def beside(cls: type[_Engine], other: PlannedEngine) -> _Engine:
+        """An engine of this class where another one runs."""
+        return cls(other._device_type, other._target, other._run, other._require)
 
-    def sanitized(self, sanitize: str) -> KernelEngine:
+    def with_kernel(self: _Engine, kernel: str | None, variant: tuple[int, ...] | None = None) -> _Engine:
+        """The same engine with another kernel source, or with a variant prescribed."""
+        return type(self)(self._device_type, self._target, self._run, self._require, kernel, variant)
+
+    def sanitized(self: _Engine, sanitize: str) -> _Engine:
         """The host's engine, every launch under a sanitizer, see `run_on_host`."""
         from .host import run_on_host
 
         def run(plans: Sequence[Plan], device: torch.device) -> None:
             run_on_host(plans, sanitize=sanitize)
 
-        return KernelEngine(self._device_type, self._target, run, self._require, self._kernel, self._variant)
+        return type(self)(self._device_type, self._target, run, self._require, self._kernel, self._variant)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why tensors on `device` cannot be computed with, or None."""
@@ -103,8 +115,14 @@ class KernelEngine:
         name = self._kernel if self._kernel is not None and op in operators_of(self._kernel) else op
         return name, read(name).fingerprint
 
-    def _execute(self, steps: Steps, source: tuple[str, str], x: Tensor, w: Tensor, table: Tensor, out: Tensor) -> None:
-        self._run(bind(steps, *source, {"x": x, "w": w, "table": table, "out": out}), x.device)
+    def _execute(self, steps: Steps, source: tuple[str, str], tensors: Mapping[str, Tensor]) -> None:
+        self._run(bind(steps, *source, tensors), tensors["out"].device)
+
+
+class KernelEngine(PlannedEngine):
+    """The operators on tables. Parameters are those of `PlannedEngine`, variants those of `product_sum_steps`."""
+
+    operators = LUT_OPERATORS
 
     def _matmul(self, x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
         """``(G, M, K)`` by ``(G, N, K)`` into a contiguous ``(G, M, N)``; whichever of m and n suits as rows is."""
@@ -112,17 +130,17 @@ class KernelEngine:
         target = self._target(x.device)
         group, row, column = out.stride()
         of_x, of_w, of_table = (x.shape, x.stride()), (w.shape, w.stride()), (known.offset, _entry(known))
-        direct = _product(*of_x, *of_w, (group, column, row), *of_table)
-        swapped = _product(*of_w, *of_x, (group, row, column), *of_table)
+        direct = product_problem(*of_x, *of_w, (group, column, row), *of_table)
+        swapped = product_problem(*of_w, *of_x, (group, row, column), *of_table)
         direct, swapped = (
             product_sum_steps(problem, *source, "lut_gemm", target, self._variant) for problem in (direct, swapped)
         )
         if swapped.clocks < direct.clocks:
-            self._execute(swapped, source, w, x, known.rows, out)
+            self._execute(swapped, source, {"x": w, "w": x, "table": known.rows, "out": out})
         else:
-            self._execute(direct, source, x, w, known.columns, out)
+            self._execute(direct, source, {"x": x, "w": w, "table": known.columns, "out": out})
 
-    @_replanned
+    @replanned
     def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
         known = prepare(table)
@@ -145,11 +163,11 @@ class KernelEngine:
     ) -> tuple[Problem, Tensor]:
         """The problem, and its output to be written."""
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups, pad_code)
-        problem = _convolution(x.shape, x.stride(), w.shape, w.stride(), *geometry, known.offset, _entry(known))
+        problem = convolution_problem(x.shape, x.stride(), w.shape, w.stride(), *geometry, known.offset, _entry(known))
         y = torch.empty(x.shape[0], w.shape[0], *problem.out_size, dtype=torch.int32, device=x.device)
         return problem, y
 
-    @_replanned
+    @replanned
     def lut_conv2d(
         self,
         x: Tensor,
@@ -165,10 +183,10 @@ class KernelEngine:
         known, source = prepare(table), self._source("lut_conv2d")
         problem, y = self._convolution(x, w, known, stride, padding, dilation, groups, pad_code)
         steps = product_sum_steps(problem, *source, "lut_conv2d", self._target(x.device), self._variant)
-        self._execute(steps, source, x, w, known.columns, y)
+        self._execute(steps, source, {"x": x, "w": w, "table": known.columns, "out": y})
         return y
 
-    @_replanned
+    @replanned
     def lut_dwconv2d(
         self,
         x: Tensor,
@@ -183,7 +201,7 @@ class KernelEngine:
         known, source = prepare(table), self._source("lut_dwconv2d")
         problem, y = self._convolution(x, w, known, stride, padding, dilation, x.shape[1], pad_code)
         steps = depthwise_steps(problem, *source, self._target(x.device))
-        self._execute(steps, source, x, w, known.columns, y)
+        self._execute(steps, source, {"x": x, "w": w, "table": known.columns, "out": y})
         return y
 
 
@@ -194,7 +212,7 @@ def _entry(known: PreparedTable) -> str:
 # Problems are remembered by what they are made of, and steps by the problem's identity: a layer called again pays for
 # neither.
 @lru_cache(maxsize=4096)
-def _product(
+def product_problem(
     rows_shape: tuple[int, int, int],
     rows_strides: tuple[int, int, int],
     lanes_shape: tuple[int, int, int],
@@ -223,7 +241,7 @@ def _product(
 
 
 @lru_cache(maxsize=4096)
-def _convolution(
+def convolution_problem(
     x_shape: tuple[int, ...],
     x_strides: tuple[int, ...],
     w_shape: tuple[int, ...],

@@ -198,7 +198,8 @@ class Problem:
         )  # fmt: skip
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
     return -(-a // b)
 
 
@@ -215,30 +216,30 @@ class _RowTables:
             self.lanes, self.pack_threads = constants[f"LANES_{entry.upper()}"], constants["PACK_THREADS"]
 
     def stages(self, problem: Problem) -> int:
-        return _ceil(problem.channels, self.steps) * problem.taps
+        return ceil_div(problem.channels, self.steps) * problem.taps
 
     def x_bytes(self, problem: Problem) -> int:
-        return problem.groups * _ceil(problem.channels, self.steps) * problem.padded_pixels * self.steps
+        return problem.groups * ceil_div(problem.channels, self.steps) * problem.padded_pixels * self.steps
 
     def w_bytes(self, problem: Problem) -> int:
-        return problem.groups * _ceil(problem.lanes, self.lanes) * self.lanes * self.stages(problem) * self.steps
+        return problem.groups * ceil_div(problem.lanes, self.lanes) * self.lanes * self.stages(problem) * self.steps
 
     def choices(self, problem: Problem) -> set[tuple[int, int]]:
         """(rows a thread, threads a block): as few tiles as can be, or some more, as even as whole warps allow."""
         found = set()
         for rows in self.rows:
-            fewest = _ceil(problem.pixels, rows * self.threads)
+            fewest = ceil_div(problem.pixels, rows * self.threads)
             for tiles in range(fewest, 2 * fewest + 1) if fewest <= MANY_TILES else (fewest,):
-                found.add((rows, _ceil(_ceil(problem.pixels, tiles * rows), WARP) * WARP))
+                found.add((rows, ceil_div(ceil_div(problem.pixels, tiles * rows), WARP) * WARP))
         return found
 
     def clocks(self, problem: Problem, rows: int, threads: int, splits: int, multiprocessors: int) -> float:
-        tiles = _ceil(problem.pixels, rows * threads) * _ceil(problem.lanes, self.lanes) * problem.groups
-        waves = _ceil(tiles * splits, multiprocessors)
+        tiles = ceil_div(problem.pixels, rows * threads) * ceil_div(problem.lanes, self.lanes) * problem.groups
+        waves = ceil_div(tiles * splits, multiprocessors)
         # With few threads the loads of the table are waited for: building takes as long with half of them.
         stage = rows * threads + BUILD_ROWS * max(1.0, self.threads / (2 * threads))
         extra = (3 if splits > 1 else 2) * LAUNCH_CLOCKS
-        return waves * _ceil(self.stages(problem), splits) * stage + extra
+        return waves * ceil_div(self.stages(problem), splits) * stage + extra
 
     def best(self, problem: Problem, multiprocessors: int, *, whole: bool) -> tuple[float, int, int, int]:
         """(clocks, rows, threads, splits) of the cheapest way; only a whole problem may be split."""
@@ -262,23 +263,23 @@ class _RowTables:
 
     def fitting(self, problem: Problem) -> list[Problem] | None:
         """Parts whose packed operands fit the scratch; None if no cut gets there."""
-        parts = _fitting(problem, self.x_bytes, X_SCRATCH, ("groups", "images", "rows"))
+        parts = fitting(problem, self.x_bytes, X_SCRATCH, ("groups", "images", "rows"))
         if parts is None:
             return None
-        found = [_fitting(part, self.w_bytes, W_SCRATCH, ("groups", "lanes")) for part in parts]
+        found = [fitting(part, self.w_bytes, W_SCRATCH, ("groups", "lanes")) for part in parts]
         return None if None in found else [part for some in found for part in some]
 
     def pack(self, problem: Problem) -> Step:
         x_jobs, w_jobs = self.x_bytes(problem) // self.steps, self.w_bytes(problem) // self.lanes
         return Step(
-            f"{self.op}_pack_{self.entry}", (_ceil(x_jobs + w_jobs, self.pack_threads), 1, 1),
+            f"{self.op}_pack_{self.entry}", (ceil_div(x_jobs + w_jobs, self.pack_threads), 1, 1),
             (self.pack_threads, 1, 1), 0,
             (Ref("x", problem.x_at), Ref("w", problem.w_at), Ref("x_packed"), Ref("w_packed"), problem.geometry(),
              np.int32(x_jobs), np.int32(w_jobs)),
         )  # fmt: skip
 
     def run(self, problem: Problem, rows: int, threads: int, splits: int = 1, out_split: int = 0) -> Step:
-        tiles = _ceil(problem.pixels, rows * threads) * _ceil(problem.lanes, self.lanes) * problem.groups
+        tiles = ceil_div(problem.pixels, rows * threads) * ceil_div(problem.lanes, self.lanes) * problem.groups
         out = Ref("partial") if splits > 1 else Ref("out", problem.out_at)
         return Step(
             f"{self.op}_rows{rows}_{self.entry}", (tiles, splits, 1), (threads, 1, 1), self.shared,
@@ -287,7 +288,7 @@ class _RowTables:
 
     def reduce(self, count: int, splits: int) -> Step:
         return Step(
-            f"{self.op}_reduce", (_ceil(count, self.pack_threads), 1, 1), (self.pack_threads, 1, 1), 0,
+            f"{self.op}_reduce", (ceil_div(count, self.pack_threads), 1, 1), (self.pack_threads, 1, 1), 0,
             (Ref("partial"), Ref("out"), np.int64(count), np.int32(splits)),
         )  # fmt: skip
 
@@ -304,7 +305,7 @@ class _Gather:
             self.rows, self.parts, self.lanes = sizes
 
     def _blocks(self, problem: Problem) -> int:
-        return _ceil(problem.pixels, self.rows) * _ceil(problem.lanes, self.lanes) * problem.groups
+        return ceil_div(problem.pixels, self.rows) * ceil_div(problem.lanes, self.lanes) * problem.groups
 
     def clocks(self, problem: Problem, multiprocessors: int) -> float:
         products = self.rows * self.lanes * problem.channels * problem.taps
@@ -316,13 +317,11 @@ class _Gather:
                 self.kernel, (self._blocks(part), 1, 1), (self.rows, self.parts, 1), 0,
                 (Ref("x", part.x_at), Ref("w", part.w_at), Ref("table"), Ref("out", part.out_at), part.geometry()),
             )
-            for part in _fitting(problem, lambda part: part.pixels, MAX_PIXELS, ("images", "rows")) or [problem]
+            for part in fitting(problem, lambda part: part.pixels, MAX_PIXELS, ("images", "rows")) or [problem]
         ]  # fmt: skip
 
 
-def _fitting(
-    problem: Problem, size: Callable[[Problem], int], budget: int, axes: Sequence[str]
-) -> list[Problem] | None:
+def fitting(problem: Problem, size: Callable[[Problem], int], budget: int, axes: Sequence[str]) -> list[Problem] | None:
     """Cut in halves, along the first of `axes` that has more than one, until `size` fits `budget`."""
     if size(problem) <= budget:
         return [problem]
@@ -331,7 +330,7 @@ def _fitting(
         return None
     middle = problem.extent(axis) // 2
     halves = problem.part(axis, 0, middle), problem.part(axis, middle, problem.extent(axis))
-    found = [_fitting(half, size, budget, axes) for half in halves]
+    found = [fitting(half, size, budget, axes) for half in halves]
     return None if None in found else [part for some in found for part in some]
 
 
@@ -399,20 +398,20 @@ def depthwise_steps(problem: Problem, source: str, _fingerprint: str, target: Ta
     constants = read(source).constants
     slot = constants["TAPS"] * (2 if problem.entry == "int16" else 4)
     kernel_h, kernel_w = problem.w_shape[3:]
-    chunks = _ceil(kernel_h, constants["TAPS"])
+    chunks = ceil_div(kernel_h, constants["TAPS"])
     step_h, step_w = problem.step
 
     def tile_bytes(rows: int, cols: int) -> int:
         """Bytes an image of the codes that a tile sees."""
-        strip_rows = _ceil(rows, constants["STRIP"]) * constants["STRIP"]
+        strip_rows = ceil_div(rows, constants["STRIP"]) * constants["STRIP"]
         height = (strip_rows - 1) * step_h + max((kernel_h - 1) * problem.dil[0], chunks * constants["TAPS"] - 1) + 1
         return height * ((cols - 1) * step_w + (kernel_w - 1) * problem.dil[1] + 1)
 
     out_h, out_w = problem.out_size
-    cols = _ceil(out_w, _ceil(out_w, constants["TILE_COLUMNS"]))
+    cols = ceil_div(out_w, ceil_div(out_w, constants["TILE_COLUMNS"]))
     rows = out_h
     while rows > constants["STRIP"] and tile_bytes(rows, cols) > constants["TILE_BYTES"]:
-        rows = _ceil(_ceil(rows, 2), constants["STRIP"]) * constants["STRIP"]
+        rows = ceil_div(ceil_div(rows, 2), constants["STRIP"]) * constants["STRIP"]
     images = min(problem.images, max(1, constants["TILE_BYTES"] // tile_bytes(rows, cols))) if rows == out_h else 1
     copies = constants[f"COPIES_{problem.entry.upper()}"]
 
@@ -426,15 +425,15 @@ def depthwise_steps(problem: Problem, source: str, _fingerprint: str, target: Ta
         if not gather.exists:
             raise ValueError(f"kernel source {source!r} has no lut_dwconv2d kernel for {kernel_h}×{kernel_w} taps")
         return Steps(tuple(gather.steps(problem)), gather.clocks(problem, target.multiprocessors))
-    row_tiles, col_tiles, image_tiles = _ceil(out_h, rows), _ceil(out_w, cols), _ceil(problem.images, images)
+    row_tiles, col_tiles, image_tiles = ceil_div(out_h, rows), ceil_div(out_w, cols), ceil_div(problem.images, images)
     filters = problem.groups * problem.lanes
     tiles = row_tiles * col_tiles * image_tiles
     resident = target.multiprocessors * max(1, target.shared_bytes // shared())
-    strips = images * _ceil(rows, constants["STRIP"]) * cols
-    tile_cost = DEPTHWISE_TILE + _ceil(strips, constants["THREADS"]) * constants["STRIP"]
+    strips = images * ceil_div(rows, constants["STRIP"]) * cols
+    tile_cost = DEPTHWISE_TILE + ceil_div(strips, constants["THREADS"]) * constants["STRIP"]
 
     def cost(parts: int) -> int:
-        return _ceil(filters * parts, resident) * (DEPTHWISE_BUILD + _ceil(tiles, parts) * tile_cost)
+        return ceil_div(filters * parts, resident) * (DEPTHWISE_BUILD + ceil_div(tiles, parts) * tile_cost)
 
     parts = min(range(1, min(tiles, MOST_PARTS) + 1), key=cost)
     tiling = np.array([(rows, cols, images, row_tiles, col_tiles, image_tiles, parts, copies)], TILING)

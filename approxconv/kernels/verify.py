@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,17 @@ from torch import Tensor
 
 from .._display import Shown, html_table, titled
 from ..geometry import conv_output_size
-from .operators import KernelEngine, operators_of
+from .factored import FactoredKernelEngine
+from .operators import FACTORED_OPERATORS, OPERATORS, KernelEngine, PlannedEngine, operators_of
+from .planning import CODES
+from .sources import read
 
 _TABLES = {
     "int16": (-(2**15), 2**15),
     "uint16": (0, 255 * 255 + 1),
     "int32": (-(2**20), 2**20),
 }
+_WRAPS = 2**30  # twice that is no int32
 # Row-table variants that small problems would not be given: rows a thread, threads a block, splits.
 _VARIANTS = ((10, 32, 1), (5, 64, 2), (2, 96, 3), None)
 
@@ -54,9 +58,9 @@ class Case:
     bits: tuple[int, int] = (8, 8)
     geometry: tuple[Any, ...] = ()
     layout: str = "contiguous"
-    variant: tuple[int, int, int] | None = None
+    variant: tuple[int, ...] | None = None
 
-    def operands(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def operands(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Codes of x and w, and the table, on the CPU."""
         low, high = _TABLES[self.table]
         shape = tuple(2**bits for bits in self.bits)
@@ -77,17 +81,23 @@ class Case:
 
     def run(self, engine: Any, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """Call the operator of `engine`."""
-        if self.op == "lut_gemm":
+        if not self.geometry:
             return engine.lut_matmul(x, w, table)
         *pairs, groups, pad_code = self.geometry
         if self.op == "lut_dwconv2d":
             return engine.lut_dwconv2d(x, w, table, *pairs, pad_code)
         return engine.lut_conv2d(x, w, table, *pairs, groups, pad_code)
 
+    def expected(self, *operands: Tensor) -> Tensor:
+        """What the oracle says."""
+        from ..engines import reference
+
+        return self.run(reference, *operands)
+
     @property
     def macs(self) -> int:
         """Products that are added."""
-        if self.op == "lut_gemm":
+        if not self.geometry:
             return math.prod(self.x_shape) * self.w_shape[-2]
         out_h, out_w = conv_output_size(self.x_shape[2:], self.w_shape[2:], *self.geometry[:3])
         return self.x_shape[0] * out_h * out_w * math.prod(self.w_shape)
@@ -98,10 +108,57 @@ class Case:
             names = ("stride", "padding", "dilation", "groups", "pad_code")
             geometry = "".join(f", {n} {v}" for n, v in zip(names, self.geometry, strict=True))
         variant = f", variant {self.variant}" if self.variant else ""
-        return (
-            f"{self.op} x {self.x_shape}, w {self.w_shape}{geometry}, {self.bits[0]}×{self.bits[1]}-bit {self.table} "
-            f"table, {self.layout}{variant}"
-        )
+        return f"{self.op} x {self.x_shape}, w {self.w_shape}{geometry}, {self._table_text}, {self.layout}{variant}"
+
+    @property
+    def _table_text(self) -> str:
+        return f"{self.bits[0]}×{self.bits[1]}-bit {self.table} table"
+
+
+@dataclass(frozen=True)
+class FactoredCase(Case):
+    """One call of an operator of the factored engine with random operands and a random byte form.
+
+    Attributes
+    ----------
+    op : str
+        ``"factored_gemm"`` or ``"factored_conv2d"``.
+    products : int
+        Of the form.
+    has_by_row : bool
+        Whether it has a `by_row`; what wraps in its and `by_column`'s sums then cancels.
+    """
+
+    products: int = 0
+    has_by_row: bool = False
+
+    def operands(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Codes of x and w, then u, v, by_column and, if there is one, by_row of the form, on the CPU."""
+        codes = (self._codes(shape, generator) for shape in (self.x_shape, self.w_shape))
+        size = (self.products, CODES)
+        u = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        v = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator)
+        by_column, by_row = torch.randint(-(2**20), 2**20, (2, CODES), dtype=torch.int32, generator=generator)
+        return (*codes, u, v, by_column - _WRAPS, by_row + _WRAPS) if self.has_by_row else (*codes, u, v, by_column)
+
+    def run(self, engine: Any, x: Tensor, w: Tensor, *form: Tensor) -> Tensor:
+        """Call the operator of `engine`."""
+        from ..engines.byte_form import ByteForm
+
+        u, v, by_column, *by_row = form
+        return super().run(engine, x, w, ByteForm(u, v, by_row[0] if by_row else None, by_column))
+
+    def expected(self, *operands: Tensor) -> Tensor:
+        """What the oracle says of the table that the form is of."""
+        from ..engines import reference
+
+        x, w, u, v, by_column, *by_row = operands
+        table = u.T.int() @ v.int() + by_column + (by_row[0][:, None] if by_row else 0)
+        return super().run(reference, x, w, table)
+
+    @property
+    def _table_text(self) -> str:
+        return f"{self.products} products{' and sums of rows' if self.has_by_row else ''}"
 
 
 def _gemm_cases() -> Iterator[Case]:
@@ -161,10 +218,54 @@ def _depthwise_cases() -> Iterator[Case]:
     yield Case("lut_dwconv2d", (1, 5, 6, 9), (5, 1, 2, 2), "int16", (4, 6), ((1, 1), (1, 1), (1, 1), 5, 9))
 
 
+# Variants of the factored kernels: lanes a block, pixels a warp, slots a pass, warps a block, splits.
+_FACTORED_VARIANTS = ((64, 64, 8, 1, 1), (64, 56, 4, 2, 3), (32, 32, 8, 3, 2), (32, 32, 4, 1, 1), None)
+_PRODUCTS = (0, 1, 3, 4, 5, 9, 17, 64)
+
+
+def _factored_cases(op: str, shapes: Sequence[tuple[Any, ...]]) -> Iterator[FactoredCase]:
+    for i, products in enumerate(_PRODUCTS):
+        x, w, *geometry = shapes[i % len(shapes)]
+        for has_by_row in (False, True):
+            layout = ("contiguous", "channels_last", "sliced")[(i + has_by_row) % 3]
+            variant = _FACTORED_VARIANTS[(2 * i + has_by_row) % len(_FACTORED_VARIANTS)]
+            of_table = {"products": products, "has_by_row": has_by_row}
+            yield FactoredCase(op, x, w, geometry=tuple(geometry), layout=layout, variant=variant, **of_table)
+    x, w, *geometry = shapes[0]
+    for variant in _FACTORED_VARIANTS:
+        yield FactoredCase(op, x, w, geometry=tuple(geometry), variant=variant, products=6, has_by_row=True)
+
+
+def _factored_gemm_cases() -> Iterator[FactoredCase]:
+    shapes = (
+        ((190, 37), (67, 37)),
+        ((70, 101), (33, 101)),
+        ((1, 1), (1, 1)),
+        ((2, 33, 9), (5, 9)),
+        ((2, 1, 40, 8), (3, 6, 8)),
+        ((130, 33), (17, 33)),
+    )
+    return _factored_cases("factored_gemm", shapes)
+
+
+def _factored_conv_cases() -> Iterator[FactoredCase]:
+    shapes = (  # x, w, stride, padding, dilation, groups, pad_code
+        ((2, 9, 9, 7), (10, 9, 3, 2), (1, 2), (1, 0), (1, 1), 1, 200),
+        ((1, 6, 8, 11), (9, 2, 2, 3), (3, 1), (2, 3), (2, 1), 3, 200),
+        ((3, 27, 5, 6), (12, 9, 3, 3), (1, 1), (1, 1), (1, 2), 3, 7),
+        ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (0, 0), (1, 1), 1, 0),
+        ((1, 2, 2, 2), (18, 1, 3, 3), (2, 2), (4, 4), (1, 1), 2, 255),
+        ((2, 17, 5, 6), (35, 17, 1, 1), (2, 1), (0, 0), (1, 1), 1, 0),
+    )
+    return _factored_cases("factored_conv2d", shapes)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "lut_gemm": _gemm_cases,
     "lut_conv2d": _conv_cases,
     "lut_dwconv2d": _depthwise_cases,
+    "factored_gemm": _factored_gemm_cases,
+    "factored_conv2d": _factored_conv_cases,
 }
 
 
@@ -249,6 +350,18 @@ def base_engine(engine: str | None) -> tuple[str, KernelEngine, torch.device]:
     return name, module.engine, torch.device("cuda" if name == "cuda" else "cpu")
 
 
+def _engines(name: str, base: KernelEngine) -> dict[str, PlannedEngine]:
+    """By operator that a source has kernels of: the engine of that operator where `base` runs."""
+    found = operators_of(name)
+    if not found:
+        raise ValueError(
+            f"kernel source {name!r} must define kernels of {', '.join(OPERATORS)}, it defines "
+            f"{', '.join(read(name).kernels) or 'none'}"
+        )
+    factored = FactoredKernelEngine.beside(base)
+    return {op: factored if op in FACTORED_OPERATORS else base for op in found}
+
+
 def verify(
     name: str, *, engine: str | None = None, seed: int = 0, most_failures: int = 3, sanitize: str | None = None
 ) -> VerificationReport:
@@ -285,22 +398,19 @@ def verify(
     ValueError
         It has kernels of no operator, or a sanitizer was asked for on a GPU.
     """
-    from ..engines import reference
-
     engine_name, base, device = base_engine(engine)
     if sanitize is not None:
         if engine_name != "host_cuda":
             raise ValueError(f"sanitize needs engine='host_cuda', got engine {engine_name!r}")
         base = base.sanitized(sanitize)
-    base.with_kernel(name)
     generator = torch.Generator().manual_seed(seed)
     passed, failures = 0, []
-    for op in operators_of(name):
+    for op, of_op in _engines(name, base).items():
         for case in CASES[op]():
             operands = case.operands(generator)
-            expected = case.run(reference, *operands)
+            expected = case.expected(*operands)
             on_device = (tensor.to(device) for tensor in operands)
-            got = case.run(base.with_kernel(name, case.variant), *on_device).cpu()
+            got = case.run(of_op.with_kernel(name, case.variant), *on_device).cpu()
             failure = Failure.of(case, got, expected)
             if failure is None:
                 passed += 1
@@ -367,11 +477,22 @@ _TIMED = {
         Case("lut_conv2d", (64, 64, 56, 56), (64, 64, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
         Case("lut_conv2d", (64, 512, 7, 7), (512, 512, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
         Case("lut_dwconv2d", (64, 144, 56, 56), (144, 1, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 144, 0)),
+        *(FactoredCase("factored_gemm", (12544, 2304), (256, 2304), products=p) for p in (2, 5, 17)),
+        *(
+            FactoredCase(
+                "factored_conv2d", (64, c, s, s), (c, c, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0), products=5
+            )
+            for c, s in ((64, 56), (512, 7))
+        ),
     ),
     "host_cuda": (
         Case("lut_gemm", (512, 64), (16, 64)),
         Case("lut_conv2d", (1, 16, 16, 16), (16, 16, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0)),
         Case("lut_dwconv2d", (1, 16, 16, 16), (16, 1, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 16, 0)),
+        FactoredCase("factored_gemm", (512, 64), (16, 64), products=5),
+        FactoredCase(
+            "factored_conv2d", (1, 16, 16, 16), (16, 16, 3, 3), geometry=((1, 1), (1, 1), (1, 1), 1, 0), products=5
+        ),
     ),
 }
 
@@ -414,15 +535,16 @@ def benchmark(name: str, *, engine: str | None = None, repeats: int = 5) -> Benc
         It has kernels of no operator.
     """
     engine_name, base, device = base_engine(engine)
-    own, once = base.with_kernel(name), device_seconds if device.type == "cuda" else host_seconds
+    engines, once = _engines(name, base), device_seconds if device.type == "cuda" else host_seconds
     generator = torch.Generator().manual_seed(0)
     timings = []
     for case in _TIMED[engine_name]:
-        if case.op not in operators_of(name):
+        if case.op not in engines:
             continue
+        in_use, own = engines[case.op], engines[case.op].with_kernel(name)
         operands = [tensor.to(device) for tensor in case.operands(generator)]
         medians = []
-        for each in (own,) if name == case.op else (own, base):
+        for each in (own,) if name == case.op else (own, in_use):
             case.run(each, *operands)  # compiles and warms up
             times = [once(lambda: case.run(each, *operands)) for _ in range(repeats)]  # noqa: B023
             medians.append(statistics.median(times))

@@ -19,11 +19,12 @@ from approxconv.kernels import (
     verify,
 )
 from approxconv.kernels.compile import arch_limits
+from approxconv.kernels.factored import host_engine
 from approxconv.kernels.host import SanitizerError, run_on_host
 from approxconv.kernels.planning import Problem, depthwise_steps
-from approxconv.kernels.verify import Case
+from approxconv.kernels.verify import Case, FactoredCase
 
-SOURCES = ("lut_gemm", "lut_conv2d", "lut_dwconv2d")
+SOURCES = ("lut_gemm", "lut_conv2d", "lut_dwconv2d", "factored_gemm", "factored_conv2d")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
@@ -37,8 +38,24 @@ def own_cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
+def shared_bytes(source, kernel, constants):
+    """Dynamic shared memory that a kernel is launched with."""
+    if match := re.fullmatch(rf"{source}_tile(\d+)x\d+_slots(\d+)", kernel):
+        stage = int(match[1]) // constants["FRAGMENT_LANES"] * int(match[2]) * 16 * constants["SLOT_VECTORS"]
+        return constants["TABLE_BYTES"] + 2 * stage
+    return constants["SHARED_BYTES"] if "_rows" in kernel else 0
+
+
+# factored_conv2d is factored_gemm by another name, and sm_86 and sm_89 are sm_80 to it: once in short.
+SHORT = {"factored_gemm": ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120"), "factored_conv2d": ("sm_90",)}
+COMPILATIONS = [
+    pytest.param(source, arch, marks=[] if arch in SHORT.get(source, ARCHITECTURES) else [pytest.mark.slow])
+    for source in SOURCES
+    for arch in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize(("source", "arch"), COMPILATIONS)
 def test_compiles_without_spills_within_the_architectures_limits(source, arch):
     pytest.importorskip("cupy", reason="needs CuPy and NVRTC to compile")
     compiled = compile_kernel(source, arch)
@@ -47,7 +64,7 @@ def test_compiles_without_spills_within_the_architectures_limits(source, arch):
     for name, resources in compiled.kernels.items():
         assert (resources.spill_stores, resources.spill_loads, resources.stack_bytes) == (0, 0, 0), name
         assert resources.registers * resources.max_threads <= 65536, name
-        dynamic = read(source).constants["SHARED_BYTES"] if "_rows" in name else 0
+        dynamic = shared_bytes(source, name, read(source).constants)
         assert resources.shared_bytes + dynamic <= arch_limits(arch).shared_block_bytes, name
 
 
@@ -70,13 +87,20 @@ WATCHED = (
     Case("lut_dwconv2d", (2, 2, 9, 7), (4, 1, 3, 3), "int16", geometry=((1, 1), (1, 1), (1, 1), 2, 9)),
     Case("lut_dwconv2d", (1, 2, 9, 7), (2, 1, 5, 3), "int32", geometry=((2, 1), (2, 0), (1, 2), 2, 9), layout="sliced"),
     Case("lut_dwconv2d", (1, 1, 12, 7), (1, 1, 2, 2), "int16", geometry=((3, 1), (0, 0), (2, 1), 1, 9)),
-)
+    FactoredCase("factored_gemm", (35, 70), (33, 70), products=9, has_by_row=True, variant=(32, 32, 8, 1, 2)),
+    FactoredCase("factored_gemm", (9, 33), (3, 33), products=3, layout="sliced", variant=(64, 56, 4, 1, 1)),
+    FactoredCase(
+        "factored_conv2d", (2, 9, 5, 6), (12, 3, 3, 2), geometry=((1, 2), (1, 2), (2, 1), 3, 9), products=5,
+        has_by_row=True, variant=(64, 64, 8, 2, 1),
+    ),
+)  # fmt: skip
 
 
 def run_watched(case, sanitize, kernel=None):
     operands = case.operands(torch.Generator().manual_seed(8))
-    got = case.run(host_cuda.engine.with_kernel(kernel, case.variant).sanitized(sanitize), *operands)
-    assert torch.equal(got, case.run(reference, *operands)), str(case)
+    engine = host_engine() if isinstance(case, FactoredCase) else host_cuda.engine
+    got = case.run(engine.with_kernel(kernel, case.variant).sanitized(sanitize), *operands)
+    assert torch.equal(got, case.expected(*operands)), str(case)
 
 
 @needs_compiler
@@ -88,7 +112,7 @@ def test_is_clean_under_address_and_undefined_behaviour_sanitizers(case):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("case", WATCHED[:1] + WATCHED[2:3] + WATCHED[3:4] + WATCHED[5:6], ids=str)
+@pytest.mark.parametrize("case", WATCHED[:1] + WATCHED[2:4] + WATCHED[5:6] + WATCHED[8:9], ids=str)
 def test_is_clean_under_the_thread_sanitizer(case):
     run_watched(case, "thread")
 
@@ -185,15 +209,36 @@ def test_a_removed_barrier_is_caught(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
+def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path):
+    folder = copy_sources(tmp_path)
+    edited(folder, "factored.cuh", "wait_for_copies();\n        __syncthreads();", "wait_for_copies();")
+    case = FactoredCase("factored_gemm", (40, 70), (9, 70), products=2, variant=(32, 32, 4, 2, 1))
+    with use_source(folder), pytest.raises(SanitizerError, match="data race"):
+        run_watched(case, "thread")
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("source", "file", "old", "new"),
     [
         ("lut_conv2d", "gather.cuh", "table + w_at[n][tap] * CODES + a", "table + a * CODES + w_at[n][tap]"),
         ("lut_gemm", "row_tables.cuh", "        if (real) products(", "        products("),
         ("lut_dwconv2d", "lut_dwconv2d.cu", "code(g.pad_code)", "code(0)"),
+        *(
+            pytest.param("factored_conv2d", "factored.cuh", *edit, marks=pytest.mark.slow)
+            for edit in (
+                ("channel >= walk.channels_left()) return 0", "channel >= walk.channels_left()) return 1"),
+                ("inside ? x[c * g.x_channel] : g.pad_code", "inside ? x[c * g.x_channel] : 0"),
+                ("min(octet, packed.stages - 1)", "min(begin, packed.stages - 1)"),
+            )
+        ),
     ],
-    ids=["swapped table index", "unmasked tail", "padding with zero"],
-)
+    ids=[
+        "swapped table index", "unmasked tail", "padding with zero", "unmasked channels", "sums of zero padding",
+        "octets of another quarter",
+    ],
+)  # fmt: skip
 def test_verify_tells_a_wrong_edit_from_a_right_one(tmp_path, source, file, old, new):
     folder = copy_sources(tmp_path)
     with use_source(folder):

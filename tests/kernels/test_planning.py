@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from approxconv.kernels import Target, copy_sources, read, use_source
+from approxconv.kernels.factored import PACK_BLOCKS, SCRATCH, factored_steps
 from approxconv.kernels.planning import (
     GEOMETRY,
     PARTIAL_SCRATCH,
@@ -55,9 +56,16 @@ def steps_of(problem, op="lut_conv2d", target=H100, variant=None, source=None):
     return product_sum_steps(problem, source, read(source).fingerprint, op, target, variant)
 
 
-@pytest.mark.parametrize(("dtype", "struct"), [(GEOMETRY, "Geometry"), (TILING, "Tiling")])
-def test_structures_are_those_of_the_sources(dtype, struct):
-    text = "".join(path.read_text() for path in read("lut_dwconv2d").files)
+@pytest.mark.parametrize(
+    ("dtype", "struct", "source"),
+    [
+        (GEOMETRY, "Geometry", "lut_dwconv2d"),
+        (TILING, "Tiling", "lut_dwconv2d"),
+        (PACK_BLOCKS, "PackBlocks", "factored_gemm"),
+    ],
+)
+def test_structures_are_those_of_the_sources(dtype, struct, source):
+    text = "".join(path.read_text() for path in read(source).files)
     body = re.search(rf"struct {struct} {{(.*?)\n\s*\n|struct {struct} {{(.*?)}};", text, re.DOTALL)
     fields = re.findall(r"^\s+(int64|int) ([\w, ]+);", body[1] or body[2], re.MULTILINE)
     declared = [(name, kind) for kind, names in fields for name in names.split(", ")]
@@ -95,13 +103,18 @@ def test_a_long_product_on_few_blocks_is_split():
     assert reduce.arguments[:2] == (Ref("partial"), Ref("out"))
 
 
+def factored(problem, terms, has_by_row=False, op="factored_conv2d", target=H100, variant=None):
+    return factored_steps(problem, op, read(op).fingerprint, op, target, terms, has_by_row, variant)
+
+
 def cover(steps, problem):
     """How often each output element is written, by the geometry of every run."""
     counts = np.zeros(problem.images * problem.out_strides[0] or problem.groups * problem.out_strides[1], np.int32)
     for step in steps.steps:
-        if "_pack_" in step.kernel or step.kernel.endswith("_reduce"):
+        if "_pack" in step.kernel or step.kernel.endswith("_reduce"):
             continue
-        g, out = step.arguments[4][0], step.arguments[3]
+        at = next(at for at, argument in enumerate(step.arguments) if isinstance(argument, np.ndarray))
+        g, out = step.arguments[at][0], step.arguments[at - 1]
         index = np.array(out.offset)
         for size, stride in (
             (g["images"], g["out_image"]), (g["groups"], g["out_group"]), (g["lanes"], g["out_lane"]),
@@ -139,6 +152,65 @@ def test_weights_beyond_the_scratch_are_packed_in_parts():
 
 def test_total_scratch_is_below_64_mib():
     assert X_SCRATCH + W_SCRATCH + PARTIAL_SCRATCH < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("problem", "terms"),
+    [
+        (conv(batch=64, channels=256, filters=8, size=56), 5),
+        (conv(channels=2048, filters=2048, size=7), 64),
+        (conv(batch=2, channels=16, filters=8, size=9, groups=2), 4),
+        (conv(batch=8, channels=64, size=56), 0),
+        (gemm(500, 700, 20_000, groups=3), 17),
+    ],
+)
+def test_factored_scratch_is_bounded_and_every_output_is_written_once(problem, terms):
+    steps = factored(problem, terms, has_by_row=True, op="factored_gemm" if problem.taps == 1 else "factored_conv2d")
+    assert sum(dict(steps.scratch).values()) <= SCRATCH < 64 * 2**20
+    assert (cover(steps, problem) == 1).all()
+
+
+def test_a_weight_too_long_for_the_scratch_is_packed_alone():
+    steps = factored(gemm(8, 3, 2_000_000), 64, op="factored_gemm")
+    assert [step.kernel for step in steps.steps[::2]] == ["factored_gemm_pack"] * 3
+
+
+@pytest.mark.parametrize(("terms", "slots"), [(1, 4), (4, 4), (5, 8), (8, 8), (16, 8)])
+def test_passes_have_the_slots_that_suit(terms, slots):
+    pack, run = factored(conv(batch=128), terms).steps
+    assert run.kernel == f"factored_conv2d_tile64x{64 if slots == 8 else 56}_slots{slots}"
+    assert pack.arguments[-1] == slots
+    assert run.block == (256, 1, 1)
+
+
+def test_a_long_factored_product_on_few_blocks_is_split_and_its_output_cleared():
+    few = conv(batch=4, channels=512, filters=512, size=7)
+    pack, run = factored(few, 5).steps
+    assert run.grid[1] > 1
+    assert run.grid[0] * run.grid[1] >= H100.multiprocessors // 2
+    assert pack.arguments[-3]["zeros"] * 256 >= few.pixels * few.lanes
+    for unsplit in (factored(conv(batch=128), 5), factored(few, 0)):
+        assert unsplit.steps[1].grid[1] == 1
+        assert unsplit.steps[0].arguments[-3]["zeros"] == 0
+
+
+def test_sums_of_rows_are_packed_only_where_there_are_any():
+    with_rows, without = (factored(conv(), 5, has).steps[0].arguments[-3] for has in (True, False))
+    assert without["pixels"] == 0 < with_rows["pixels"]
+    assert without["octets"] == with_rows["octets"] > 0
+    nothing = factored(conv(), 0).steps[0].arguments[-3]
+    assert nothing["octets"] == nothing["fragments"] == nothing["pixels"] == 0 < nothing["lanes"]
+
+
+def test_factored_kernels_fit_a_small_device():
+    (_, run) = factored(conv(batch=1, channels=16, filters=16, size=8), 8, target=SMALL).steps
+    assert run.shared <= SMALL.shared_bytes
+
+
+@pytest.mark.parametrize("variant", [(64, 64, 4, 1, 1), (32, 32, 8, 9, 1), (32, 32, 8, 1, 0)])
+def test_factored_variants_that_there_are_not_are_refused(variant):
+    with pytest.raises(ValueError, match=r"variant must be \(lanes, pixels, slots, warps, splits\).*got"):
+        factored(conv(batch=1, size=4), 5, variant=variant)
 
 
 def test_depthwise_uses_the_shared_memory_there_is():

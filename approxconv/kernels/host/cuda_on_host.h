@@ -405,6 +405,42 @@ inline int first_lane(int width) { return int(lane) & -width; }
 
 }  // namespace cuda_on_host
 
+namespace cuda_on_host {
+
+// Sums of products wrap; the operands lie in words, little end first.
+template <typename A, typename B>
+unsigned dot(uint64_t a, uint64_t b, unsigned sum, int count) {
+    for (int i = 0; i < count; ++i)
+        sum += unsigned(A(a >> 8 * sizeof(A) * i) * B(b >> 8 * sizeof(B) * i));
+    return sum;
+}
+
+// mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 for every pair of fragments: c[i][j] += a[i]·b[j]. Of the matrices
+// a thread, g = lane / 4 and t = lane % 4, has of a rows g and g + 8 at depths 4t … 4t+3, then both at 16 more; of b
+// column g at these depths; of c columns 2t and 2t + 1 of row g, then of row g + 8.
+template <int ROWS, int COLUMNS>
+void mma_m16n8k32(int (&c)[ROWS][COLUMNS][4], const unsigned (&a)[ROWS][4], const unsigned (&b)[COLUMNS][2]) {
+    struct Operands {
+        const unsigned (*a)[4], (*b)[2];
+    };
+    const Operands mine = {a, b};
+    Operands of[warpSize];
+    const Warp::Round& round = meet(~0u, reinterpret_cast<uintptr_t>(&mine));
+    if (round.lanes != ~0u) throw Trap{"an mma needs all 32 lanes of its warp"};
+    for (int l = 0; l < warpSize; ++l) of[l] = *reinterpret_cast<const Operands*>(round.values[l]);
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j)
+            for (int at = 0; at < 4; ++at)
+                for (int depth = 0; depth < 8; ++depth) {
+                    const unsigned row = lane / 4 * 4 + depth % 4, column = (lane % 4 * 2 + at % 2) * 4 + depth % 4;
+                    c[i][j][at] = dot<int8_t, uint8_t>(of[row].a[i][at / 2 + depth / 4 * 2],
+                                                       of[column].b[j][depth / 4], c[i][j][at], 4);
+                }
+    meet(~0u, 0);  // the others have read what is mine
+}
+
+}  // namespace cuda_on_host
+
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::meet(mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return cuda_on_host::ballot(mask, predicate); }
 inline int __any_sync(unsigned mask, int predicate) { return cuda_on_host::ballot(mask, predicate) != 0; }
@@ -491,14 +527,6 @@ template <typename T> T atomicXor(T* at, std::type_identity_t<T> v) {
 // ---- integers -------------------------------------------------------------------------------------------------------
 
 namespace cuda_on_host {
-
-// Sums of products wrap; the operands lie in words, little end first.
-template <typename A, typename B>
-unsigned dot(uint64_t a, uint64_t b, unsigned sum, int count) {
-    for (int i = 0; i < count; ++i)
-        sum += unsigned(A(a >> 8 * sizeof(A) * i) * B(b >> 8 * sizeof(B) * i));
-    return sum;
-}
 
 template <typename T>
 unsigned word(T four_bytes) { return std::bit_cast<unsigned>(four_bytes); }
