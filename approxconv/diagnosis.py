@@ -366,10 +366,16 @@ def _compiler() -> tuple[bool | None, str] | tuple[bool | None, str, str]:
     return True, f"{said}, for the engine host_cuda"
 
 
+_ON_HOST = ("host_cuda", "host_factored")
+_OF_LOW_RANK = ("factored", "host_factored")
+
+
 def _available(device: torch.device) -> tuple[dict[str, Any], dict[str, Exception]]:
     """The engines that can run on `device`, and what is wrong with the others that should."""
     engines, broken = {}, {}
     for name in ENGINES:
+        if name == "truncated":  # is approximate, and needs a rank
+            continue
         try:
             engines[name] = select(name, device)
         except EngineError:  # an engine for another kind of device
@@ -392,9 +398,11 @@ def _engines() -> tuple[bool, str, str]:
             auto = next((name for name, engine in engines.items() if engine is chosen), "a kernel of your own")
         except Exception:
             auto = "none"
+        if auto in ("cpu", "cuda") and "factored" in engines:
+            auto += ", or factored for a table of low rank"
         parts.append(f"{device.type.upper()} tensors: {', '.join(engines)} (auto: {auto})")
         for name, error in broken.items():
-            if name == "host_cuda" and isinstance(error, RuntimeError):
+            if name in _ON_HOST and isinstance(error, RuntimeError):
                 continue  # no compiler, which is a check of its own
             parts.append(f"{name}: {_said(error)}")
             mend = mend or (_INSTALL_NUMBA if name == "cpu" else f"pip install 'approxconv[{_extra()}]'")
@@ -464,7 +472,7 @@ def _failures(engine: str, device: torch.device) -> Iterator[tuple[str, str]]:
             wrong = _wrong(source, engine, device)
         except Exception as error:
             wrong = _said(error)
-            if engine == "host_cuda" and isinstance(error, (KernelCompileError, OSError, subprocess.SubprocessError)):
+            if engine in _ON_HOST and isinstance(error, (KernelCompileError, OSError, subprocess.SubprocessError)):
                 mend = _INSTALL_GCC
             elif isinstance(error, KernelCompileError):
                 mend = _newer_nvrtc()
@@ -481,6 +489,9 @@ def _wrong(source: str, engine: str, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for case in _cases(source):
         x, w, table = case.operands(generator)
+        if engine in _OF_LOW_RANK:
+            f, g = (torch.randint(-128, 128, (side, 2), generator=generator) for side in table.shape)
+            table = (f @ g.T).int()
         expected = case.run(reference, x, w, table)
         got = case.run(_Ops(engine), x.to(device), w.view(torch.int8).to(device), table.to(device)).cpu()
         if got.shape != expected.shape or got.dtype != expected.dtype:

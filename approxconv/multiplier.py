@@ -93,6 +93,11 @@ class PreparedTable:
         return self.rows.T.contiguous()
 
     @property
+    def entry(self) -> str:
+        """``"int16"`` or ``"int32"``: the type of ``rows``."""
+        return "int16" if self.rows.dtype == torch.int16 else "int32"
+
+    @property
     def magnitude(self) -> int:
         """Largest absolute entry."""
         return max(abs(self.low), abs(self.high))

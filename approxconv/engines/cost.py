@@ -125,13 +125,13 @@ def _measure() -> Rates:
     def product(m: int, n: int, k: int, products: int = 0) -> Callable[[], object]:
         x, w = codes(m, k), codes(n, k)
         if products:
-            return lambda: dot_products.form_matmul(x, w, form(products))
+            return lambda: dot_products.lut_matmul(x, w, form(products))
         return lambda: cpu.lut_matmul(x, w, table)
 
     def depthwise(b: int, c: int, size: int, products: int = 0) -> Callable[[], object]:
         x, w, geometry = codes(b, c, size, size), codes(c, 1, 3, 3), ([1, 1], [1, 1], [1, 1], 0)
         if products:
-            return lambda: depthwise_dots.form_dwconv2d(x, w, form(products), *geometry)
+            return lambda: depthwise_dots.lut_dwconv2d(x, w, form(products), *geometry)
         return lambda: cpu.lut_dwconv2d(x, w, table, *geometry)
 
     few = (2, 256, 512)

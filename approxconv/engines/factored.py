@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._versioned import once_per_version
 from ..factorize import MOST_TERMS, factorize_table
+from ..multiplier import prepare
 from . import EngineError, cost
 from .byte_form import ByteForm, byte_form
 from .work import Work
@@ -86,8 +87,9 @@ def weigh(work: Work, table: Tensor) -> Verdict:
     if on_gpu:
         from ..kernels.factored import cuda_engine
 
-        most = cuda_engine().most_products(table.device)
-        return _verdict(form.products <= most, form.products)
+        entry = prepare(table).entry
+        looked_up, multiplied = cuda_engine().clocks(work, form, entry, table.device)
+        return _verdict(multiplied < looked_up, form.products)
     return _verdict(cost.seconds("factored", work, form.products) < cost.seconds("cpu", work), form.products)
 
 
@@ -114,7 +116,7 @@ def form_of(table: Tensor) -> ByteForm:
 
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
-    return _engine(x.device).form_matmul(x, w, form_of(table))
+    return _engine(x.device).lut_matmul(x, w, form_of(table))
 
 
 def lut_conv2d(
@@ -128,7 +130,7 @@ def lut_conv2d(
     pad_code: int,
 ) -> Tensor:
     """Implicit im2col of the codes' features."""
-    return _engine(x.device).form_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)
+    return _engine(x.device).lut_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)
 
 
 def lut_dwconv2d(
@@ -147,7 +149,7 @@ def lut_dwconv2d(
         return cuda.lut_dwconv2d(x, w, table, stride, padding, dilation, pad_code)
     from .cpu import depthwise_dots
 
-    return depthwise_dots.form_dwconv2d(x, w, form_of(table), stride, padding, dilation, pad_code)
+    return depthwise_dots.lut_dwconv2d(x, w, form_of(table), stride, padding, dilation, pad_code)
 
 
 def _engine(device: torch.device) -> Any:

@@ -19,7 +19,7 @@ lut_dwconv2d = host_cuda.lut_dwconv2d
 
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
-    return host_engine().form_matmul(x, w, form_of(table))
+    return host_engine().lut_matmul(x, w, form_of(table))
 
 
 def lut_conv2d(
@@ -33,4 +33,4 @@ def lut_conv2d(
     pad_code: int,
 ) -> Tensor:
     """Implicit GEMM on the codes' features."""
-    return host_engine().form_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)
+    return host_engine().lut_conv2d(x, w, form_of(table), stride, padding, dilation, groups, pad_code)

@@ -28,11 +28,13 @@ from .planning import (
     Steps,
     ceil_div,
     fitting,
+    product_sum_steps,
 )
 from .sources import read
 
 if TYPE_CHECKING:
     from ..engines.byte_form import ByteForm
+    from ..engines.work import Work
 
 SCRATCH = X_SCRATCH + W_SCRATCH + PARTIAL_SCRATCH  # of packed activations and weights together: no partial sums here
 MAX_SPLITS, MOST_SPLIT = 32, 2**24  # splits, and outputs of a problem that is worth any
@@ -247,6 +249,23 @@ class FactoredKernelEngine(PlannedEngine):
             "by_column": form.by_column,
         }
         self._execute(steps, source, {"x": x, "w": w, "out": out, **tensors})
+
+    def clocks(self, work: Work, form: ByteForm, entry: str, device: torch.device) -> tuple[float, float]:
+        """What some work should take of a multiprocessor's clocks by row tables, and by this engine.
+
+        Both planners' estimates, of a matrix product of the same size: nothing in them has been measured.
+        """
+        groups, rows, lanes, depth = work.groups, work.rows, work.lanes, work.depth
+        problem = product_problem(
+            (groups, rows, depth), (rows * depth, depth, 1), (groups, lanes, depth), (lanes * depth, depth, 1),
+            (rows * lanes, 1, lanes), 0, entry,
+        )  # fmt: skip
+        target = self._target(device)
+        looked_up = product_sum_steps(problem, "lut_gemm", read("lut_gemm").fingerprint, "lut_gemm", target)
+        multiplied = factored_steps(
+            problem, *self._source("factored_gemm"), "factored_gemm", target, form.products, form.by_row is not None
+        )
+        return looked_up.clocks, multiplied.clocks
 
     @replanned
     def lut_matmul(self, x: Tensor, w: Tensor, form: ByteForm) -> Tensor:

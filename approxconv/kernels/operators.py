@@ -129,7 +129,7 @@ class KernelEngine(PlannedEngine):
         source = self._source("lut_gemm")
         target = self._target(x.device)
         group, row, column = out.stride()
-        of_x, of_w, of_table = (x.shape, x.stride()), (w.shape, w.stride()), (known.offset, _entry(known))
+        of_x, of_w, of_table = (x.shape, x.stride()), (w.shape, w.stride()), (known.offset, known.entry)
         direct = product_problem(*of_x, *of_w, (group, column, row), *of_table)
         swapped = product_problem(*of_w, *of_x, (group, row, column), *of_table)
         direct, swapped = (
@@ -163,7 +163,7 @@ class KernelEngine(PlannedEngine):
     ) -> tuple[Problem, Tensor]:
         """The problem, and its output to be written."""
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups, pad_code)
-        problem = convolution_problem(x.shape, x.stride(), w.shape, w.stride(), *geometry, known.offset, _entry(known))
+        problem = convolution_problem(x.shape, x.stride(), w.shape, w.stride(), *geometry, known.offset, known.entry)
         y = torch.empty(x.shape[0], w.shape[0], *problem.out_size, dtype=torch.int32, device=x.device)
         return problem, y
 
@@ -203,10 +203,6 @@ class KernelEngine(PlannedEngine):
         steps = depthwise_steps(problem, *source, self._target(x.device))
         self._execute(steps, source, {"x": x, "w": w, "table": known.columns, "out": y})
         return y
-
-
-def _entry(known: PreparedTable) -> str:
-    return "int16" if known.rows.dtype == torch.int16 else "int32"
 
 
 # Problems are remembered by what they are made of, and steps by the problem's identity: a layer called again pays for

@@ -8,12 +8,12 @@ import torch
 from approxconv.engines import reference
 from approxconv.engines.byte_form import CODES, ByteForm, byte_form
 from approxconv.engines.cpu import depthwise_dots, dot_products
-from approxconv.engines.cpu.depthwise_dots import form_dwconv2d
-from approxconv.engines.cpu.dot_products import form_conv2d, form_matmul, usable
+from approxconv.engines.cpu.depthwise_dots import lut_dwconv2d
+from approxconv.engines.cpu.dot_products import lut_conv2d, lut_matmul, usable
 from approxconv.engines.cpu.instructions import PATHS, compiles
 from approxconv.factorize import factorize
 
-FUNCTIONS = {"lut_matmul": form_matmul, "lut_conv2d": form_conv2d, "lut_dwconv2d": form_dwconv2d}
+FUNCTIONS = {"lut_matmul": lut_matmul, "lut_conv2d": lut_conv2d, "lut_dwconv2d": lut_dwconv2d}
 # products, whether there are numbers by row
 FORMS = {"no_product": (0, True), "one": (1, False), "two": (2, True), "five": (5, False)}
 
@@ -169,7 +169,7 @@ def test_sums_wrap_and_products_do_not_saturate(path):
     form = ByteForm(u, v, far, -far)
     x, w = codes(generator, 5, 3000), codes(generator, 20, 3000)
     w[0], w[1], w[2, ::2] = 0, 1, 1
-    assert torch.equal(form_matmul(x, w, form), reference.lut_matmul(x, w, products.int()))
+    assert torch.equal(lut_matmul(x, w, form), reference.lut_matmul(x, w, products.int()))
 
 
 def test_the_self_test(path, monkeypatch):
@@ -192,5 +192,5 @@ def test_reference_multipliers(reference_multipliers):
         if factors is not None and factors.products <= 8:
             tried += 1
             table = multiplier.table.int()
-            assert torch.equal(form_matmul(x, w, byte_form(factors)), reference.lut_matmul(x, w, table))
+            assert torch.equal(lut_matmul(x, w, byte_form(factors)), reference.lut_matmul(x, w, table))
     assert tried > 10

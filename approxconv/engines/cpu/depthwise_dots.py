@@ -15,7 +15,7 @@ from torch import Tensor
 from ...geometry import conv_output_size
 from ..byte_form import ByteForm
 from .depthwise import MAX_PLANE, PLANE, fill_planes
-from .dot_products import best, form_conv2d, prepared
+from .dot_products import best, lut_conv2d, prepared
 from .instructions import BYTES, PATHS, QUAD, STRIPS, dot_strips, dot_strips_apart, look_up, spread
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, copy, jit
@@ -173,7 +173,7 @@ def _block(
                             copy(out, (to + k) * out_w, acc, k * acc_cols, out_w)
 
 
-def form_dwconv2d(
+def lut_dwconv2d(
     x: Tensor,
     w: Tensor,
     form: ByteForm,
@@ -203,7 +203,7 @@ def form_dwconv2d(
     worker_bytes += 73 * (-(-out_h // band) * (plane // BYTES + 1)) + 4 * (band + STRIPS) * (cols + LANES)
     worker_bytes += pieces * (8 + 4 * LANES * multiplier)
     if reach * cols > MAX_PLANE or far or worker_bytes > SCRATCH:
-        return form_conv2d(x, w, form, stride, padding, dilation, channels, pad_code)
+        return lut_conv2d(x, w, form, stride, padding, dilation, channels, pad_code)
     y = torch.empty(batch, w.shape[0], out_h, out_w, dtype=torch.int32)
     workers = min(torch.get_num_threads(), SCRATCH // worker_bytes)
     blocks = -(-channels // LANES)

@@ -555,12 +555,12 @@ def instruction() -> str | None:
     return None if best() == "generic" else best()
 
 
-def form_matmul(x: Tensor, w: Tensor, form: ByteForm) -> Tensor:
+def lut_matmul(x: Tensor, w: Tensor, form: ByteForm) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]`` of the table in byte form."""
     return _matmul(x, w, form, best())
 
 
-def form_conv2d(
+def lut_conv2d(
     x: Tensor,
     w: Tensor,
     form: ByteForm,
