@@ -27,7 +27,7 @@
 // each padded pixel that over its channels (of which a sum then takes its taps). As slots they would take up to five
 // (digits of int32), each as dear as a rank; so they cost a byte per code of x and w once.
 // All sums are modulo 2^32: whatever wraps on the way, the result is right if it fits.
-// Splits of the stages (grid.y) add to out, which is then zeros before: whatever their order, the result is the same.
+// Splits of the stages (grid.y) add to out, which `factored_pack` has cleared: exact in any order.
 #pragma once
 
 #include "packing.cuh"
@@ -53,6 +53,7 @@ __device__ inline int stages_of(const Packed& packed) { return ceil_div(packed.s
 // ---- what is PTX on a GPU -------------------------------------------------------------------------------------------
 
 // sums[f][i] += a[f]·b[i] for fragments of signed a (16 × 32) and unsigned b (32 × 8), as mma.m16n8k32 lays them out.
+// sm_75 has tensor cores that take a quarter of it at a time, with the same fragments: faster than its dp4a.
 template <int FRAGMENTS, int ROWS>
 __device__ inline void multiply(int (&sums)[FRAGMENTS][ROWS][4], const unsigned (&a)[FRAGMENTS][4],
                                 const unsigned (&b)[ROWS][2]) {
