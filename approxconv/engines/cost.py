@@ -30,6 +30,8 @@ class Rates:
 
     Attributes
     ----------
+    call : float
+        What any call takes.
     lookup, table, gather : float
         By row tables: a product; the products of one weight with all codes. A product that is looked up by itself.
     product, feature, pack, output : float
@@ -40,6 +42,7 @@ class Rates:
         Of a depthwise convolution in the factored engine.
     """
 
+    call: float
     lookup: float
     table: float
     gather: float
@@ -64,15 +67,15 @@ def seconds(engine: str, work: Work, products: int = 0) -> float:
     if work.operator == "lut_dwconv2d":
         if engine == "factored":
             each = work.macs * rates.depthwise_product + weights * rates.depthwise_pack
-            return products * each + outputs * rates.depthwise_output
-        return work.macs * rates.depthwise_lookup + weights * rates.depthwise_table
+            return rates.call + products * each + outputs * rates.depthwise_output
+        return rates.call + work.macs * rates.depthwise_lookup + weights * rates.depthwise_table
     if engine == "factored":
         each = work.macs * rates.product + work.inputs * rates.feature + weights * rates.pack
-        return products * each + outputs * rates.output
+        return rates.call + products * each + outputs * rates.output
     from .cpu.row_tables import MAX_ROWS
 
     blocks = -(-work.rows // MAX_ROWS)
-    return min(work.macs * rates.lookup + blocks * weights * rates.table, work.macs * rates.gather)
+    return rates.call + min(work.macs * rates.lookup + blocks * weights * rates.table, work.macs * rates.gather)
 
 
 def measured_rates() -> Rates:
@@ -134,19 +137,22 @@ def _measure() -> Rates:
             return lambda: depthwise_dots.lut_dwconv2d(x, w, form(products), *geometry)
         return lambda: cpu.lut_dwconv2d(x, w, table, *geometry)
 
-    few = (2, 256, 512)
+    least, few = (1, 16, 16, 1), (2, 256, 512)
     dense = [(4096, 64, 288), (784, 64, 288)]
     dots = [(1024, 256, 1024, 1), (1024, 256, 1024, 3), (2048, 64, 128, 1), (2048, 16, 512, 2), (64, 512, 512, 2)]
-    planes = [(8, 64, 28), (8, 64, 7)]
+    planes = [(8, 128, 28), (16, 512, 7)]
     dotted = [(*plane, products) for plane in planes for products in (1, 4)]
-    calls = [product(*shape) for shape in (few, *dense, *dots)] + [depthwise(*shape) for shape in (*planes, *dotted)]
-    times = iter(_fastest(calls))
+    calls = [product(*shape) for shape in (least, few, *dense, *dots)] + [
+        depthwise(*shape) for shape in (*planes, *dotted)
+    ]
+    of_call, *times = _fastest(calls)
+    times = iter([max(seconds - of_call, seconds / 9) for seconds in times])
     gather = next(times) / math.prod(few)
     of_tables = _solve([(m * n * k, n * k) for m, n, k in dense], times)
     of_dots = _solve([(p * m * n * k, p * m * k, p * n * k, m * n) for m, n, k, p in dots], times)
     of_planes = _solve([(b * c * s * s * 9, c * 9) for b, c, s in planes], times)
     of_dotted = _solve([(p * b * c * s * s * 9, p * c * 9, b * c * s * s) for b, c, s, p in dotted], times)
-    return Rates(*of_tables, gather, *of_dots, *of_planes, *of_dotted)
+    return Rates(of_call, *of_tables, gather, *of_dots, *of_planes, *of_dotted)
 
 
 def _fastest(calls: Sequence[Callable[[], object]]) -> list[float]:

@@ -10,7 +10,7 @@ from approxconv.engines.cost import Rates
 from approxconv.engines.work import Work, last_seconds, record
 
 RATES = Rates(
-    lookup=1e-10, table=2e-7, gather=1e-9, product=1e-11, feature=1e-10, pack=1e-9, output=1e-8,
+    call=1e-4, lookup=1e-10, table=2e-7, gather=1e-9, product=1e-11, feature=1e-10, pack=1e-9, output=1e-8,
     depthwise_lookup=3e-10, depthwise_table=1e-8, depthwise_product=2e-11, depthwise_pack=1e-10,
     depthwise_output=1e-9,
 )  # fmt: skip
@@ -75,15 +75,15 @@ def test_broken_rates_on_disk_are_measured_anew(measurements, tmp_path):
 
 def test_seconds_follow_from_the_rates(measurements):
     work = Work.matmul((1000, 50), (20, 50))
-    assert cost.seconds("cpu", work) == pytest.approx(1e6 * 1e-10 + 1000 * 2e-7)
+    assert cost.seconds("cpu", work) == pytest.approx(1e-4 + 1e6 * 1e-10 + 1000 * 2e-7)
     assert cost.seconds("factored", work, 3) == pytest.approx(
-        3 * (1e6 * 1e-11 + 5e4 * 1e-10 + 1000 * 1e-9) + 2e4 * 1e-8
+        1e-4 + 3 * (1e6 * 1e-11 + 5e4 * 1e-10 + 1000 * 1e-9) + 2e4 * 1e-8
     )
     few = Work.matmul((2, 50), (20, 50))
-    assert cost.seconds("cpu", few) == pytest.approx(2000 * 1e-9)
+    assert cost.seconds("cpu", few) == pytest.approx(1e-4 + 2000 * 1e-9)
     planes = Work.conv2d((2, 4, 5, 5), (4, 1, 3, 3), (1, 1), (1, 1), (1, 1), 4, "lut_dwconv2d")
-    assert cost.seconds("cpu", planes) == pytest.approx(1800 * 3e-10 + 36 * 1e-8)
-    assert cost.seconds("factored", planes, 2) == pytest.approx(2 * (1800 * 2e-11 + 36 * 1e-10) + 200 * 1e-9)
+    assert cost.seconds("cpu", planes) == pytest.approx(1e-4 + 1800 * 3e-10 + 36 * 1e-8)
+    assert cost.seconds("factored", planes, 2) == pytest.approx(1e-4 + 2 * (1800 * 2e-11 + 36 * 1e-10) + 200 * 1e-9)
 
 
 @pytest.mark.parametrize("rates", [[2e-9, 3e-7], [2e-9, 0.0]])
