@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -110,22 +111,27 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 @numba.njit(parallel=True)
-def naive_gather(x, w, table, stride, y):  # noqa: ANN001, ANN201
-    """The obvious loop: one lookup a product, padding by the caller, groups as the shapes say."""
-    batch, filters, out_h, out_w = y.shape
-    _, depth, kernel_h, kernel_w = w.shape
-    per_group = filters // (x.shape[1] // depth)
-    for job in numba.prange(batch * filters):
-        b, o = job // filters, job % filters
-        first = o // per_group * depth
-        for i in range(out_h):
-            for j in range(out_w):
-                total = 0
-                for c in range(depth):
-                    for r in range(kernel_h):
-                        for s in range(kernel_w):
-                            total += table[x[b, first + c, i * stride + r, j * stride + s], w[o, c, r, s]]
-                y[b, o, i, j] = total
+def naive_gather(x, w, table, y):  # noqa: ANN001, ANN201
+    """The obvious loop, as peers write it: patches (G, M, K) and weights (G, N, K), one lookup a product."""
+    groups, rows, depth = x.shape
+    lanes = w.shape[1]
+    flat = table.ravel()
+    for job in numba.prange(groups * rows):
+        g, m = job // rows, job % rows
+        for n in range(lanes):
+            total = np.int32(0)
+            for k in range(depth):
+                total += flat[np.uint32(x[g, m, k]) * np.uint32(256) + np.uint32(w[g, n, k])]
+            y[g, m, n] = total
+
+
+def patches(x: torch.Tensor, kernel: int, stride: int, padding: int, groups: int) -> np.ndarray:
+    """im2col, which the naive gather is not charged for: ``(G, pixels of all images, K)``."""
+    padded = F.pad(x, [padding] * 4).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(2, 3))[:, :, ::stride, ::stride]
+    batch, channels, height, width = windows.shape[:4]
+    apart = windows.reshape(batch, groups, channels // groups, height, width, kernel, kernel)
+    return np.ascontiguousarray(apart.transpose(1, 0, 3, 4, 2, 5, 6)).reshape(groups, batch * height * width, -1)
 
 
 def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -158,9 +164,7 @@ def measure(case: Case | Linear, repeats: int) -> Measurement:
     if isinstance(case, Linear):
         shapes = (case.batch, case.inputs), (case.outputs, case.inputs)
         x, w = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes)
-        y = torch.empty(case.batch, case.outputs, dtype=torch.int32)
-        images, filters, results = x[:, :, None, None], w[:, :, None, None], y[:, :, None, None]
-        stride, padding = 1, 0
+        rows, groups = x[None].numpy(), 1
         xf, wf = x.float(), w.float()
         natives = [lambda: F.linear(xf, wf)]
 
@@ -171,10 +175,8 @@ def measure(case: Case | Linear, repeats: int) -> Measurement:
         shape = (case.channels, case.channels // groups, 3, 3)
         x = torch.randint(0, 256, (BATCH, case.channels, case.size, case.size), dtype=torch.uint8, generator=generator)
         w = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        out = (case.size - 1) // case.stride + 1
-        y = torch.empty(BATCH, case.channels, out, out, dtype=torch.int32)
-        images, filters, results, stride, padding = x, w, y, case.stride, 1
-        geometry = ([stride] * 2, [padding] * 2, [1, 1])
+        stride = case.stride
+        geometry, rows = ([stride] * 2, [1, 1], [1, 1]), patches(x, 3, stride, 1, groups)
 
         def approximate(table: torch.Tensor) -> torch.Tensor:
             if case.depthwise:
@@ -183,18 +185,25 @@ def measure(case: Case | Linear, repeats: int) -> Measurement:
 
         def native(memory_format: torch.memory_format) -> Callable[[], torch.Tensor]:
             xf, wf = (t.float().contiguous(memory_format=memory_format) for t in (x, w))
-            return lambda: F.conv2d(xf, wf, None, stride, padding, 1, groups)
+            return lambda: F.conv2d(xf, wf, None, stride, 1, 1, groups)
 
         natives = [native(torch.contiguous_format), native(torch.channels_last)]
-    padded = F.pad(images, [padding] * 4).numpy()
+    filters = w.reshape(groups, w.shape[0] // groups, -1).numpy()
+    sums = np.empty((groups, rows.shape[1], filters.shape[1]), np.int32)
 
     def gather(table: torch.Tensor) -> None:
-        naive_gather(padded, filters.numpy(), table.numpy(), stride, results.numpy())
+        naive_gather(rows, filters, table.numpy(), sums)
+
+    def in_order(y: torch.Tensor) -> torch.Tensor:
+        """An operator's result as the gather writes it."""
+        if y.ndim == 2:
+            return y[None]
+        return y.unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
 
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     for name, table in tables.items():
         gather(table)
-        if not torch.equal(approximate(table), y):
+        if not torch.equal(in_order(approximate(table)), torch.from_numpy(sums)):
             raise AssertionError(f"{case.name}, {name}: the operator and the naive gather disagree")
     ours = [partial(approximate, table) for table in tables.values()]
     times = medians([*ours, *natives], repeats)
