@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ._display import Shown, html_table, titled
 from ._versioned import once_per_version
 from .certificate import weight_codes
-from .multiplier import Multiplier, check_table_shape, operand_values
+from .low_rank import count_terms
+from .multiplier import Multiplier, check_table_shape, table_values
 
 # Half the distance from 1 to the next number.
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -51,7 +52,11 @@ class Truncation(Shown):
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor]:
         """F and G with ``approximation = Fᵀ·G``, float64, ``(1 + R, 2**bits)``; the product's values come first."""
-        return _with_values(self.f, self.a_signed), _with_values(self.g, self.w_signed)
+        values = table_values(self._error.shape, (self.a_signed, self.w_signed))
+        return tuple(
+            torch.cat([torch.from_numpy(v).double()[None], side])
+            for v, side in zip(values, (self.f, self.g), strict=True)
+        )
 
     def table(self) -> Tensor:
         """The approximation, float64, ``(2**a_bits, 2**w_bits)``, by code."""
@@ -125,7 +130,7 @@ class Truncation(Shown):
         return (errors + rounding + 0.5) * (1 + 2**-30)  # and the roundings of this very formula, and underflows
 
     def __str__(self) -> str:
-        terms = "1 term" if self.rank == 1 else f"{self.rank} terms"
+        terms = count_terms(self.rank)
         return f"approximate: table ≈ a·w + Σ f[a]·g[w] of {terms}, off by up to {self.bound:.6g} a product"
 
     def __repr__(self) -> str:
@@ -139,11 +144,6 @@ class Truncation(Shown):
             ("mean error", f"{float(self._error.mean()):.6g}"),
         ]
         return titled("Approximate: table ≈ a·w + Σ f[a]·g[w]", html_table(rows))
-
-
-def _with_values(side: Tensor, signed: bool) -> Tensor:
-    values = operand_values(side.shape[1].bit_length() - 1, signed)
-    return torch.cat([torch.from_numpy(values).double()[None], side])
 
 
 def check_rank(rank: int) -> int:
@@ -211,13 +211,11 @@ class _Spectra:
         self._decomposed: dict[_Signs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._known: dict[tuple[_Signs, int], Truncation] = {}
 
-    def _values(self, signs: _Signs) -> list[np.ndarray]:
-        return [operand_values(n.bit_length() - 1, s) for n, s in zip(self._table.shape, signs, strict=True)]
-
     def _svd(self, signs: _Signs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """u, σ and v, without what is 0 but for roundings."""
         if signs not in self._decomposed:
-            u, s, v = np.linalg.svd(self._table - np.multiply.outer(*self._values(signs)), full_matrices=False)
+            exact = np.multiply.outer(*table_values(self._table.shape, signs))
+            u, s, v = np.linalg.svd(self._table - exact, full_matrices=False)
             rank = int((s > s[0] * max(self._table.shape) * np.finfo(s.dtype).eps).sum())
             self._decomposed[signs] = u[:, :rank], s[:rank], v[:rank]
         return self._decomposed[signs]
@@ -231,7 +229,7 @@ class _Spectra:
         if (signs, rank) not in self._known:
             u, s, v = self._svd(signs)
             f, g = (side[:rank] * np.sqrt(s[:rank, None]) for side in (u.T, v))
-            errors = np.multiply.outer(*self._values(signs)) + f.T @ g - self._table
+            errors = np.multiply.outer(*table_values(self._table.shape, signs)) + f.T @ g - self._table
             f, g, errors = (torch.from_numpy(np.ascontiguousarray(each)) for each in (f, g, errors))
             self._known[signs, rank] = Truncation(f, g, *signs, errors)
         return self._known[signs, rank]
