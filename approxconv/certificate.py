@@ -14,7 +14,8 @@ from .multiplier import MAX_BITS, operand_range
 
 if TYPE_CHECKING:
     from .factorize import Factorization
-    from .wide import WideFactorization
+    from .low_rank import LowRank
+    from .truncation import Truncation
 
 # name: (title, operands are integers of at most this magnitude, sums stay below this)
 _FLOATS = {
@@ -86,20 +87,20 @@ class Certificate(Shown):
         return titled(self._title, html_table(self._rows(), ("arithmetic", "", "because")))
 
 
-def weight_codes(w: Tensor, bits: int) -> Tensor:
+def weight_codes(w: Tensor, count: int) -> Tensor:
     """A layer's weights as rows of codes.
 
     Parameters
     ----------
     w : Tensor
-        uint8 or int8 codes, of which the low `bits` count: ``(N, K)``, or ``(O, C/groups, kh, kw)``.
-    bits : int
-        Width of a weight.
+        uint8 or int8 codes, of which the low bits count: ``(N, K)``, or ``(O, C/groups, kh, kw)``.
+    count : int
+        How many codes there are, a power of two.
 
     Returns
     -------
     Tensor
-        int64, ``(N, K)``, from 0 to ``2**bits − 1``.
+        int64, ``(N, K)``, from 0 to ``count − 1``.
 
     Raises
     ------
@@ -111,10 +112,10 @@ def weight_codes(w: Tensor, bits: int) -> Tensor:
         raise ValueError(f"w must be a tensor of uint8 or int8 codes, got {got}")
     if w.ndim not in (2, 4):
         raise ValueError(f"w must be (N, K) or (O, C/groups, kh, kw), got shape {tuple(w.shape)}")
-    return w.flatten(1).long().bitwise_and_(2**bits - 1)
+    return w.flatten(1).long().bitwise_and_(count - 1)
 
 
-def largest_partial_sums(factors: Factorization | WideFactorization) -> Tensor:
+def largest_partial_sums(factors: LowRank | Truncation) -> Tensor:
     """``B[w]`` by weight code, float64: no subset of the terms ``F[p, a]·G[p, w]`` adds up to more, for any a.
 
     Of a table ``max_a Σ_p |F[p, a]·G[p, w]|``, of wider operands the larger ``Σ_p max|F[p]|·|G[p, w]|``. Exact where it
@@ -128,7 +129,7 @@ def largest_partial_sums(factors: Factorization | WideFactorization) -> Tensor:
 
 def certify(factors: Factorization, w: Tensor) -> Certificate:
     """`Factorization.certificate`, which see."""
-    rows = weight_codes(w, factors.g.shape[1].bit_length() - 1)
+    rows = weight_codes(w, factors.g.shape[1])
     bounds = largest_partial_sums(factors).long().to(w.device)[rows].sum(1)
     bound = int(bounds.max()) if len(bounds) else 0
     largest = int(max((int(side.abs().max()) for side in factors.parts if len(side)), default=0))

@@ -98,9 +98,8 @@ class Factorization(LowRank):
 
     def reconstruct(self) -> Tensor:
         """The table, int64, ``(2**a_bits, 2**w_bits)``, by code."""
-        a, w = self._values
-        table = self.scale * np.multiply.outer(a, w) + _product(self.f.numpy().T, self.g.numpy())
-        return torch.from_numpy(table)
+        f, g = (side.double() for side in self.parts)
+        return (f.T @ g).long()  # exact: 65·2**16 is far below 2**53
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Factorization):

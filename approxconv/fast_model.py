@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .certificate import largest_partial_sums
-from .factorize import Factorization, factorize
+from .factorize import factorize
 from .features import device_for, features
 from .geometry import conv_output_size, pair
 from .lattice import MOST_TERMS
+from .low_rank import LowRank
 from .multiplier import MAX_BITS, Multiplier, operand_range
-from .wide import WideFactorization, WideMultiplier
+from .wide import WideMultiplier
 
 _KEYS = ("stride", "padding", "dilation", "groups")
 
@@ -25,15 +26,15 @@ _KEYS = ("stride", "padding", "dilation", "groups")
 class FastModel:
     """``model(op, x, w, kwargs)``: a multiplier's sums of products, exactly, from calls of ``op(x, w, **kwargs)``.
 
-    For `FastApproxConv2dOp` and `FastApproxGeMMOp`. As ``fn(a, w) = Σ_p F[p, a]·G[p, w]`` (`Factorization.parts`), one
+    For `FastApproxConv2dOp` and `FastApproxGeMMOp`. As ``fn(a, w) = Σ_p F[p, a]·G[p, w]`` (`LowRank.parts`), one
     product or convolution of operands with P channels for each of their own, which hold ``F[p, x]`` and ``G[p, w]``, is
     the sum of products. Terms with a constant ``F[p]`` or ``G[p]`` are sums over w or x alone and no part of it.
     Made by the multipliers' `fast_model`.
 
     Parameters
     ----------
-    multiplier : Multiplier or WideMultiplier, or a factorisation of one
-        With a factorisation. Later writes to its table are not seen.
+    multiplier : Multiplier or WideMultiplier or LowRank
+        With a factorisation, or that itself. Later writes to a table are not seen.
 
     Raises
     ------
@@ -64,8 +65,8 @@ class FastModel:
     scratch = 2**26
     """Bytes of features and patches that are alive at once; one term of a sample, or of w, may need more."""
 
-    def __init__(self, multiplier: Multiplier | WideMultiplier | Factorization | WideFactorization) -> None:
-        is_form = isinstance(multiplier, (Factorization, WideFactorization))
+    def __init__(self, multiplier: Multiplier | WideMultiplier | LowRank) -> None:
+        is_form = isinstance(multiplier, LowRank)
         factors = multiplier if is_form else factorize(multiplier)
         if factors is None:
             instead = (

@@ -21,6 +21,8 @@ from .multiplier import table_values
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .fast_model import FastModel
+
 Form = TypeVar("Form")
 _MOST_COLUMNS = 2048  # of a picture, each of which then is an operand
 
@@ -57,6 +59,12 @@ class LowRank(Shown):
             torch.cat([torch.from_numpy(values)[None][: self.scale], side.long()])
             for values, side in zip(self._values, (self.f, self.g), strict=True)
         )
+
+    def fast_model(self) -> FastModel:
+        """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums."""
+        from .fast_model import FastModel
+
+        return FastModel(self)
 
     @cached_property
     def _values(self) -> tuple[np.ndarray, np.ndarray]:

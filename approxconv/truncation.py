@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._display import Shown, html_table, titled
 from ._versioned import once_per_version
-from .certificate import weight_codes
+from .certificate import largest_partial_sums, weight_codes
 from .low_rank import count_terms
 from .multiplier import Multiplier, check_table_shape, table_values
 
@@ -75,8 +75,7 @@ class Truncation(Shown):
     @cached_property
     def _by_weight(self) -> tuple[Tensor, Tensor]:
         """By weight code: ``max_a |error|``, and ``max_a Σ_p |F[p, a]·G[p, w]|``."""
-        f, g = (side.abs() for side in self.parts)
-        return self._error.abs().amax(0), (f.T @ g).amax(0)
+        return self._error.abs().amax(0), largest_partial_sums(self)
 
     def _rounding(self, depth: int, dtype: torch.dtype) -> float:
         """γ: the error of a sum of `depth` products relative to the sum of their terms' magnitudes.
@@ -123,7 +122,7 @@ class Truncation(Shown):
         N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, SIAM 2002, section 3.1: a sum of n
         products in any order is off by at most ``γ_n = n·u/(1 − n·u)`` times the sum of their magnitudes.
         """
-        rows = weight_codes(w, self.g.shape[1].bit_length() - 1)
+        rows = weight_codes(w, self.g.shape[1])
         errors, sums = (by_code.to(w.device)[rows].sum(1) for by_code in self._by_weight)
         depth = rows.shape[1]
         rounding = self._rounding(depth, self.arithmetic(depth)) * sums

@@ -255,12 +255,6 @@ class WideFactorization(LowRank):
 
     _left = "fn(a, w)"
 
-    def fast_model(self) -> FastModel:
-        """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums."""
-        from .fast_model import FastModel
-
-        return FastModel(self)
-
     def _facts(self) -> list[tuple[str, object]]:
         return [("verified on", self.verified)]
 
