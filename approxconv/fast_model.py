@@ -18,6 +18,7 @@ from .geometry import conv_output_size, pair
 from .lattice import MOST_TERMS
 from .low_rank import LowRank
 from .multiplier import MAX_BITS, Multiplier, operand_range
+from .operators.conv2d import round_once
 from .wide import WideMultiplier
 
 _KEYS = ("stride", "padding", "dilation", "groups")
@@ -136,11 +137,14 @@ class FastModel:
                 raise ValueError(f"{name} must be float32 or float64, which hold its integers, got {operand.dtype}")
             if not operand.is_floating_point():
                 raise ValueError(f"{name} must be floating, got {operand.dtype}")
-        return _rounded_once(self._sums(op, x, w, kwargs), x.dtype).to(x.device)
+        return round_once(self._sums(op, x, w, kwargs), x.dtype).to(x.device)
 
     @torch.no_grad()
     def sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The sums themselves, int64; x and w of any real dtype. Otherwise as a call."""
+        for name, operand in (("x", x), ("w", w)):
+            if operand.is_complex():
+                raise ValueError(f"{name} must be real, got {operand.dtype}")
         return self._sums(op, x, w, kwargs).to(x.device, torch.int64)
 
     def _sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -175,7 +179,7 @@ class FastModel:
             row = self._on("row", device, torch.int64)
             for part in _slices(len(a), self.scratch // (8 * a[0].numel())):
                 sums = features(a[part], row, dim)
-                y[part] += sums.sum(-1, keepdim=True) if dim == -1 else _window_sums(sums, b, shape, **kwargs)
+                y[part] += sums.sum(-1, keepdim=True) if dim == -1 else _window_sums(sums, b, **kwargs)
         return y
 
     def _add_products(
@@ -295,32 +299,12 @@ def _without_padding(
     return a, {"stride": stride, "dilation": dilation, "groups": groups}, shape
 
 
-def _window_sums(
-    row: Tensor,
-    b: Tensor,
-    shape: tuple[int, ...],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
+def _window_sums(row: Tensor, b: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor:
     """Sums over each receptive field: ``(B, C, H, W)`` to ``(B, O, H', W')``."""
     sums = row.unflatten(1, (groups, -1)).sum(2)
     for dim, k, s, d in zip((2, 3), b.shape[2:], stride, dilation, strict=True):
         sums = sums.unfold(dim, d * (k - 1) + 1, s)[..., ::d].sum(-1)
     return sums.repeat_interleave(b.shape[0] // groups, 1)
-
-
-def _rounded_once(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers in float32, float64 or int64 to the nearest numbers of `dtype`, ties to even.
-
-    torch converts float64 to float16 and bfloat16 by way of float32, and so rounds twice. Integers beyond float32 are
-    infinite in float16. For bfloat16, of 8 digits, the first rounding is to odd at the 21st.
-    """
-    if y.dtype != torch.float32 and dtype == torch.bfloat16:
-        bits = y.double().view(torch.int64)
-        rest = bits & 0xFFFF_FFFF
-        y = torch.where(rest != 0, (bits - rest) | 1 << 32, bits).view(torch.float64)
-    return y.to(dtype)
 
 
 class _Shared:

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from approxconv import Multiplier, factorize, get_multiplier
-from approxconv.fast_model import _DIRECT, FastModel, _rounded_once
+from approxconv.fast_model import _DIRECT, FastModel
 from approxconv.geometry import pair
 from approxconv.operators import FastApproxConv2dOp, FastApproxGeMMOp
+from approxconv.operators.conv2d import round_once
 
 OPS = torch.ops.approxconv
 MULTIPLIERS = {
@@ -245,7 +246,8 @@ def test_rounded_once(dtype):
     y = torch.cat([y, -y])
     mantissa, exponent = np.frexp(y.numpy())
     nearest = np.ldexp(np.rint(np.ldexp(mantissa, digits)), exponent - digits)
-    assert torch.equal(_rounded_once(y, dtype), torch.from_numpy(nearest).to(dtype))
+    for integers in (y, y.long()):
+        assert torch.equal(round_once(integers, dtype), torch.from_numpy(nearest).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -256,7 +258,7 @@ def test_half_operands(dtype, depth, low_rank):
     x, w = operands(m, (3, depth), (2, depth), dtype)
     y = FastApproxGeMMOp.apply(x, w, m.fast_model())
     assert y.dtype == dtype
-    assert torch.equal(y, _rounded_once(gathered(m, x, w).double(), dtype))
+    assert torch.equal(y, round_once(gathered(m, x, w).double(), dtype))
 
 
 def test_operands_are_rounded_and_saturated():
@@ -601,6 +603,13 @@ def test_refused(x, w, kwargs, message):
     model = get_multiplier("exact_8u_8s").fast_model()
     with pytest.raises(ValueError, match=message):
         model(F.conv2d if w.ndim == 4 else F.linear, x, w, kwargs)
+
+
+@pytest.mark.parametrize("name", ["x", "w"])
+def test_sums_refuse_complex_operands(name):
+    operands = {"x": torch.ones(2, 3), "w": torch.ones(2, 3)} | {name: torch.ones(2, 3, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=f"{name} must be real, got torch.complex64"):
+        get_multiplier("exact_8u").fast_model().sums(F.linear, **operands, kwargs={})
 
 
 def test_representation():
