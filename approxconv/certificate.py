@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ._display import Shown, html_table, titled
-from .multiplier import operand_range
+from .multiplier import MAX_BITS, operand_range
 
 if TYPE_CHECKING:
     from .factorize import Factorization
+    from .low_rank import LowRank
+    from .truncation import Truncation
 
 # name: (title, operands are integers of at most this magnitude, sums stay below this)
 _FLOATS = {
@@ -85,20 +87,20 @@ class Certificate(Shown):
         return titled(self._title, html_table(self._rows(), ("arithmetic", "", "because")))
 
 
-def weight_codes(w: Tensor, bits: int) -> Tensor:
+def weight_codes(w: Tensor, count: int) -> Tensor:
     """A layer's weights as rows of codes.
 
     Parameters
     ----------
     w : Tensor
-        uint8 or int8 codes, of which the low `bits` count: ``(N, K)``, or ``(O, C/groups, kh, kw)``.
-    bits : int
-        Width of a weight.
+        uint8 or int8 codes, of which the low bits count: ``(N, K)``, or ``(O, C/groups, kh, kw)``.
+    count : int
+        How many codes there are, a power of two.
 
     Returns
     -------
     Tensor
-        int64, ``(N, K)``, from 0 to ``2**bits − 1``.
+        int64, ``(N, K)``, from 0 to ``count − 1``.
 
     Raises
     ------
@@ -110,19 +112,25 @@ def weight_codes(w: Tensor, bits: int) -> Tensor:
         raise ValueError(f"w must be a tensor of uint8 or int8 codes, got {got}")
     if w.ndim not in (2, 4):
         raise ValueError(f"w must be (N, K) or (O, C/groups, kh, kw), got shape {tuple(w.shape)}")
-    return w.flatten(1).long().bitwise_and_(2**bits - 1)
+    return w.flatten(1).long().bitwise_and_(count - 1)
 
 
-def largest_partial_sums(factors: Factorization) -> Tensor:
-    """``B[w] = max_a Σ_p |F[p, a]·G[p, w]|`` by weight code, int64: no subset of the P terms adds up to more."""
+def largest_partial_sums(factors: LowRank | Truncation) -> Tensor:
+    """``B[w]`` by weight code, float64: no subset of the terms ``F[p, a]·G[p, w]`` adds up to more, for any a.
+
+    Of a table ``max_a Σ_p |F[p, a]·G[p, w]|``, of wider operands the larger ``Σ_p max|F[p]|·|G[p, w]|``. Exact where it
+    is below 2⁵³; what is not stays so.
+    """
     f, g = (side.double().abs() for side in factors.parts)
-    return (f.T @ g).amax(0).long()  # exact: 65·2**14 is far below 2**53
+    if f.shape[1] * g.shape[1] > 4**MAX_BITS:
+        f = f.amax(1, keepdim=True)
+    return (f.T @ g).amax(0)
 
 
 def certify(factors: Factorization, w: Tensor) -> Certificate:
     """`Factorization.certificate`, which see."""
-    rows = weight_codes(w, factors.g.shape[1].bit_length() - 1)
-    bounds = largest_partial_sums(factors).to(w.device)[rows].sum(1)
+    rows = weight_codes(w, factors.g.shape[1])
+    bounds = largest_partial_sums(factors).long().to(w.device)[rows].sum(1)
     bound = int(bounds.max()) if len(bounds) else 0
     largest = int(max((int(side.abs().max()) for side in factors.parts if len(side)), default=0))
     verdicts = {"int8": _int8(factors, rows.shape[1])}

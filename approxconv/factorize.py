@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._display import Shown, html_table, image, titled
 from ._versioned import once_per_version
 from .lattice import MOST_TERMS, PRIMES, divide, find_pivots, lll, reduce_together, row_lattice
-from .multiplier import Multiplier, check_flag, operand_values
+from .low_rank import LowRank, search_once, span, varying_terms
+from .multiplier import Multiplier, check_flag, table_values
 from .wide import WideFactorization, WideMultiplier, factorize_wide
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from .certificate import Certificate
 
 _LOW, _HIGH = -128, 127
@@ -48,7 +42,7 @@ _Digit = tuple[int, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Factorization(Shown):
+class Factorization(LowRank):
     """``table[a, w] = scale·value(a)·value(w) + Σ_r f[r, a]·g[r, w]`` over the integers, a and w being codes.
 
     Made by `factorize`; its tensors are shared by all who ask for that table's, so they are not to be written to.
@@ -65,30 +59,7 @@ class Factorization(Shown):
         How a code is read in the exact product.
     """
 
-    scale: int
-    f: Tensor
-    g: Tensor
-    a_signed: bool
-    w_signed: bool
-
-    @property
-    def rank(self) -> int:
-        """R, the number of terms besides the exact product."""
-        return len(self.f)
-
-    @property
-    def products(self) -> int:
-        """How many of the ``scale + rank`` products take a GEMM.
-
-        A term with a constant f_r or g_r does not: over k it is that constant times the sum of the other.
-        """
-        return self.scale + _varying(self.f.numpy(), self.g.numpy())
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """F and G with ``table = Fᵀ·G``, int64, ``(scale + R, 2**bits)``; the exact product's values come first."""
-        values = (torch.from_numpy(v).unsqueeze(0)[: self.scale] for v in self._values)
-        return tuple(torch.cat([v, side.long()]) for v, side in zip(values, (self.f, self.g), strict=True))
+    _left = "table"
 
     def certificate(self, w: Tensor) -> Certificate:
         """Which arithmetics add up the terms without an error for these weights, whatever the activations, and why.
@@ -127,70 +98,8 @@ class Factorization(Shown):
 
     def reconstruct(self) -> Tensor:
         """The table, int64, ``(2**a_bits, 2**w_bits)``, by code."""
-        a, w = self._values
-        table = self.scale * np.multiply.outer(a, w) + _product(self.f.numpy().T, self.g.numpy())
-        return torch.from_numpy(table)
-
-    @cached_property
-    def _values(self) -> tuple[np.ndarray, np.ndarray]:
-        bits = (side.shape[1].bit_length() - 1 for side in (self.f, self.g))
-        return tuple(operand_values(n, signed) for n, signed in zip(bits, (self.a_signed, self.w_signed), strict=True))
-
-    def plot(self) -> Figure:
-        """Draw f and g, a term a row, operands in ascending order of value; red is positive, blue negative.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            A new one; no pyplot figure is opened.
-
-        Raises
-        ------
-        ImportError
-            matplotlib is missing.
-        """
-        from .pictures import colormap, new_picture
-
-        rows = max(self.rank, 1)
-        figure = new_picture(figsize=(6.4, 1.2 + 0.22 * min(rows, 24)), layout="constrained")
-        limit = max(_largest(self.f), _largest(self.g), 1)
-        panels = figure.subplots(1, 2, sharey=True)
-        for ax, name, operand, factors, values in zip(
-            panels, "fg", ("activation", "weight"), (self.f, self.g), self._values, strict=True
-        ):
-            low, high = int(values.min()), int(values.max())
-            shown = ax.imshow(
-                factors.numpy()[:, np.argsort(values)] if self.rank else np.zeros((1, len(values))),
-                cmap=colormap(),
-                vmin=-limit,
-                vmax=limit,
-                aspect="auto",
-                interpolation="nearest",
-                extent=(low - 0.5, high + 0.5, rows - 0.5, -0.5),
-            )
-            ax.set_title(f"{name}: {_span(factors)}", fontsize=9)
-            ax.set_xlabel(operand, fontsize=8)
-            ax.set_xticks(sorted({low, 0, high}))
-            ax.set_yticks(range(0, self.rank, max(self.rank // 8, 1)))
-            ax.tick_params(labelsize=7)
-            ax.grid(False)
-        panels[0].set_ylabel("term", fontsize=8)
-        figure.colorbar(shown, ax=panels, format="{x:.0f}").ax.tick_params(labelsize=7)
-        return figure
-
-    def _repr_html_(self) -> str:
-        try:
-            png = self.plot().png(80)
-        except ImportError:
-            png = None
-        rows = [
-            ("terms", self.rank),
-            ("products in a GEMM", self.products),
-            ("f", _span(self.f)),
-            ("g", _span(self.g)),
-        ]
-        picture = "" if png is None else image(png, "f and g by operand values")
-        return titled(_formula(self), html_table(rows), picture)
+        f, g = (side.double() for side in self.parts)
+        return (f.T @ g).long()  # exact: 65·2**16 is far below 2**53
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Factorization):
@@ -206,27 +115,10 @@ class Factorization(Shown):
         return hash((self.scale, self.a_signed, self.w_signed, *((side.shape, side.tobytes()) for side in factors)))
 
     def __str__(self) -> str:
-        if not self.rank:
-            return _formula(self)
-        return f"{_formula(self)}, f {_span(self.f)}, g {_span(self.g)}"
+        return f"{self._formula}, f {span(self.f)}, g {span(self.g)}" if self.rank else self._formula
 
     def __repr__(self) -> str:
         return f"Factorization(scale={self.scale}, rank={self.rank})"
-
-
-def _formula(factors: Factorization) -> str:
-    if not factors.rank:
-        return "table = a·w" if factors.scale else "table = 0"
-    terms = "1 term" if factors.rank == 1 else f"{factors.rank} terms"
-    return f"table = {'a·w + ' if factors.scale else ''}Σ f[a]·g[w] of {terms}"
-
-
-def _largest(factors: Tensor) -> int:
-    return int(factors.short().abs().max()) if factors.numel() else 0
-
-
-def _span(factors: Tensor) -> str:
-    return f"{int(factors.min())} to {int(factors.max())}".replace("-", "−") if len(factors) else "no terms"
 
 
 def factorize(multiplier: Multiplier | WideMultiplier) -> Factorization | WideFactorization | None:
@@ -313,8 +205,7 @@ def factorize_table(table: Tensor) -> Factorization | None:
         return None
     errors = {}
     for signs in itertools.product((False, True), repeat=2):
-        values = (operand_values(n.bit_length() - 1, signed) for n, signed in zip(entries.shape, signs, strict=True))
-        errors[signs] = np.abs(entries - np.multiply.outer(*values)).sum()
+        errors[signs] = np.abs(entries - np.multiply.outer(*table_values(entries.shape, signs))).sum()
     a_signed, w_signed = min(errors, key=lambda signs: errors[signs])
     return factorize(Multiplier(table.cpu(), a_signed=a_signed, w_signed=w_signed))
 
@@ -331,26 +222,10 @@ def _written(result: Factorization | None, versions: tuple[int, int] | None) -> 
 
 
 def _load_or_search(multiplier: Multiplier) -> Factorization | None:
-    from .kernels.cache import cached_folder
-
     table = multiplier.table.numpy().astype(np.int64)
     a, w = multiplier.operand_values()
     key = f"factorization-{_REVISION}-{multiplier.content_hash}"
-    fresh: list[_Form | None] = []
-
-    def store(folder: Path) -> None:
-        fresh.append(_search(table, a, w))
-        _save(folder, fresh[-1])
-
-    with suppress(OSError):  # a full or read-only disk costs the time of a search, no more
-        entry = cached_folder(key, store)
-        if not fresh:
-            try:
-                fresh.append(_load(entry, table, a, w))
-            except (OSError, ValueError, KeyError, BadZipFile):
-                shutil.rmtree(entry)
-                cached_folder(key, store)
-    form = fresh[-1] if fresh else _search(table, a, w)
+    form = search_once(key, lambda: _search(table, a, w), lambda file: _load(file, table, a, w))
     if form is None:
         return None
     f, g = (torch.from_numpy(side) for side in (form.f, form.g))
@@ -374,21 +249,12 @@ class _Form:
     def merit(self) -> tuple[int, int, int, int]:
         """What is to be small: terms, products in a GEMM, the other scale, the largest factor."""
         largest = max((int(np.abs(side.astype(np.int64)).max()) for side in (self.f, self.g) if side.size), default=0)
-        return len(self.f), self.scale + _varying(self.f, self.g), 1 - self.scale, largest
+        return len(self.f), self.scale + varying_terms(self.f, self.g), 1 - self.scale, largest
 
 
-def _save(folder: Path, form: _Form | None) -> None:
-    nothing = np.zeros((0, 0), np.int8)
-    form = form or _Form(-1, nothing, nothing)
-    np.savez(folder / "factors.npz", scale=form.scale, f=form.f, g=form.g)
-
-
-def _load(entry: Path, table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form | None:
-    """What `_save` wrote, or a ValueError if that is not this table."""
-    with np.load(entry / "factors.npz", allow_pickle=False) as file:
-        form = _Form(int(file["scale"]), *(np.ascontiguousarray(file[name]) for name in "fg"))
-    if form.scale == -1:
-        return None
+def _load(file: Mapping[str, np.ndarray], table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form:
+    """What was stored, or a ValueError if that is not this table."""
+    form = _Form(int(file["scale"]), *(np.ascontiguousarray(file[name]) for name in "fg"))
     shapes = form.f.shape, form.g.shape
     count = len(form.f)
     if (
@@ -398,18 +264,13 @@ def _load(entry: Path, table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form
         or not form.f.dtype == form.g.dtype == np.int8
         or not form.is_exact(table, a, w)
     ):
-        raise ValueError(f"{entry} holds no factorisation of this table")
+        raise ValueError("factors of another table")
     return form
 
 
 def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """``x @ y`` of int8 matrices, int64: in float64, which is exact and much faster, as 64·2^14 is far below 2^53."""
     return (x.astype(np.float64) @ y.astype(np.float64)).astype(np.int64)
-
-
-def _varying(f: np.ndarray, g: np.ndarray) -> int:
-    """How many terms have neither a constant f nor a constant g."""
-    return int(((f != f[:, :1]).any(axis=1) & (g != g[:, :1]).any(axis=1)).sum())
 
 
 def _search(table: np.ndarray, a: np.ndarray, w: np.ndarray) -> _Form | None:
@@ -527,8 +388,8 @@ def _split_all(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:
 
 def _merge_constant(terms: list[_Term], side: int) -> list[_Term]:
     """The terms whose vector of that side is constant are together one outer product, which may take fewer."""
-    constant = [term for term in terms if _is_constant(term[side])]
-    others = [term for term in terms if not _is_constant(term[side])]
+    constant = [term for term in terms if is_constant(term[side])]
+    others = [term for term in terms if not is_constant(term[side])]
     if len(constant) < 2:
         return terms
     total = sum(term[1 - side] * term[side][0] for term in constant)
@@ -537,7 +398,8 @@ def _merge_constant(terms: list[_Term], side: int) -> list[_Term]:
     return terms if merged is None else others + merged
 
 
-def _is_constant(vector: np.ndarray) -> bool:
+def is_constant(vector: np.ndarray) -> bool:
+    """Whether all entries are the first one."""
     return bool((vector == vector[0]).all())
 
 
@@ -570,7 +432,7 @@ def _split(f: np.ndarray, g: np.ndarray, most: int) -> list[_Term] | None:
 
 
 def _cost(terms: list[_Term]) -> tuple[int, int]:
-    return len(terms), sum(not _is_constant(x) and not _is_constant(y) for x, y in terms)
+    return len(terms), sum(not is_constant(x) and not is_constant(y) for x, y in terms)
 
 
 def _as_one(f: np.ndarray, g: np.ndarray, content: int) -> _Term | None:
@@ -622,7 +484,7 @@ def _digits(y: np.ndarray, reach: tuple[int, int], most: int) -> list[_Digit]:
                 if 0 < len(digits) <= most:
                     most = len(digits)
                     found.append([(unit * weight, digit) for weight, digit in digits])
-    return min(found, key=lambda d: (len(d), not any(_is_constant(x) for _, x in d)), default=[])
+    return min(found, key=lambda d: (len(d), not any(is_constant(x) for _, x in d)), default=[])
 
 
 def _offset_digits(y: np.ndarray, p: int, n: int) -> list[_Digit]:

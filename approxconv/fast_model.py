@@ -1,4 +1,4 @@
-"""Exact functional models of multipliers: a factorised table as ordinary products of expanded operands."""
+"""Exact functional models of multipliers: a factorised one as ordinary products of expanded operands."""
 
 from __future__ import annotations
 
@@ -6,37 +6,36 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .certificate import largest_partial_sums
-from .factorize import MOST_TERMS, factorize
+from .factorize import factorize
 from .features import device_for, features
 from .geometry import conv_output_size, pair
-from .multiplier import Multiplier
-from .operators.conv2d import to_codes
+from .lattice import MOST_TERMS
+from .low_rank import LowRank
+from .multiplier import MAX_BITS, Multiplier, operand_range
+from .operators.conv2d import round_once
+from .wide import WideMultiplier
 
 _KEYS = ("stride", "padding", "dilation", "groups")
-# Features of an operand alive at once, unless a single term has more.
-_CHUNK = 2**24
 
 
 class FastModel:
     """``model(op, x, w, kwargs)``: a multiplier's sums of products, exactly, from calls of ``op(x, w, **kwargs)``.
 
-    For `FastApproxConv2dOp` and `FastApproxGeMMOp`. As ``table[a, w] = Σ_p F[p, a]·G[p, w]``
-    (`Factorization.parts`), one product or convolution of operands with P channels for each of their own, which hold
-    ``F[p, x]`` and ``G[p, w]``, is the sum of table entries. Terms with a constant ``F[p]`` or ``G[p]`` are sums over w
-    or x alone and no part of it.
-    Made by `Multiplier.fast_model`.
+    For `FastApproxConv2dOp` and `FastApproxGeMMOp`. As ``fn(a, w) = Σ_p F[p, a]·G[p, w]`` (`LowRank.parts`), one
+    product or convolution of operands with P channels for each of their own, which hold ``F[p, x]`` and ``G[p, w]``, is
+    the sum of products. Terms with a constant ``F[p]`` or ``G[p]`` are sums over w or x alone and no part of it.
+    Made by the multipliers' `fast_model`.
 
     Parameters
     ----------
-    multiplier : Multiplier
-        With a factorisation. Later writes to its table are not seen.
+    multiplier : Multiplier or WideMultiplier or LowRank
+        With a factorisation, or that itself. Later writes to a table are not seen.
 
     Raises
     ------
@@ -45,14 +44,15 @@ class FastModel:
 
     Notes
     -----
-    Why the result is the integer sum, rounded once to x's dtype, to nearest with ties to even:
+    Why the result is the integer sum, rounded once to x's dtype, to nearest with ties to even. With B[w] a bound of
+    ``Σ_p |F[p, a]·G[p, w]|`` for all a, no partial sum of an output channel exceeds ``Σ_k B[w[n, k]]`` in any order:
 
-    - Features are integers of at most 2⁸ in magnitude. They are summed up in float32 if for these weights no partial
-      sum in any order reaches 2²⁴ (`Factorization.certificate`), else in float64 if none reaches 2⁵³. That takes more
-      than 2³² weights a channel, and is refused.
+    - If that is below 2²⁴ and bfloat16 holds all features (as it does those of a table), sums are of float32; else, if
+      it is below 2⁵³, of float64. Else the weights' features are cut into digits with lower sums, of float64, one call
+      of `op` each, which are put together in int64.
     - TF32 and bfloat16 modes of float32 products (``torch.set_float32_matmul_precision``, ``allow_tf32``,
-      ``fp32_precision``) cannot change it: their operands hold integers up to 2⁸, and their sums are float32. They are
-      neither read nor written. No operand is float16 or bfloat16, so that no reduction is of reduced precision.
+      ``fp32_precision``) cannot change it: they hold the features, and their sums are float32. They are neither read
+      nor written. No operand is float16 or bfloat16, so that no reduction is of reduced precision.
     - Autocast is off inside, for the calling thread.
     - Winograd and FFT convolutions are no sums of these products. In torch only cuDNN and NNPACK use them, oneDNN's are
       direct; so cuDNN on CUDA, NNPACK on the CPU, is off while a convolution is launched. These are switches of the
@@ -61,30 +61,44 @@ class FastModel:
     - What is neither on a CPU nor on a CUDA device is computed on the CPU.
     """
 
-    def __init__(self, multiplier: Multiplier) -> None:
-        factors = factorize(multiplier)
+    exact_below = 2**53
+    """Sums of integers below it are exact in float64."""
+    scratch = 2**26
+    """Bytes of features and patches that are alive at once; one term of a sample, or of w, may need more."""
+
+    def __init__(self, multiplier: Multiplier | WideMultiplier | LowRank) -> None:
+        is_form = isinstance(multiplier, LowRank)
+        factors = multiplier if is_form else factorize(multiplier)
         if factors is None:
-            raise ValueError(
-                f"{multiplier!r} has no factorisation of at most {MOST_TERMS} terms to make a model of: use "
-                "ApproxConv2dOp and ApproxGeMMOp, which look its products up, or, where an approximation of it will "
-                "do, the engine 'truncated'"
+            instead = (
+                ": use ApproxConv2dOp and ApproxGeMMOp, which look its products up, or, where an approximation of it "
+                "will do, the engine 'truncated'"
             )
-        self._name = multiplier.name
-        self._formats = (multiplier.a_bits, factors.a_signed), (multiplier.w_bits, factors.w_signed)
+            raise ValueError(
+                f"{multiplier!r} has no factorisation of at most {MOST_TERMS} terms to make a model of"
+                f"{instead if isinstance(multiplier, Multiplier) else ''}"
+            )
+        self._name = "" if is_form else multiplier.name
+        self._formats = tuple(
+            (side.shape[1].bit_length() - 1, signed)
+            for side, signed in ((factors.f, factors.a_signed), (factors.g, factors.w_signed))
+        )
         f, g = factors.parts
         by_row = (g == g[:, :1]).all(1)
         by_column = (f == f[:, :1]).all(1) & ~by_row
         product = ~(by_row | by_column)
         row, column = g[by_row, 0] @ f[by_row], f[by_column, 0] @ g[by_column]
         self._has_rows = bool((row != 0).any())
+        f, g = f[product], g[product]
+        self._in_bfloat16 = all(torch.equal(side.bfloat16().long(), side) for side in (f, g))
         self._vectors = {
-            "f": f[product].T.contiguous(),
-            "g": g[product].T.contiguous(),
+            "f": f.T.contiguous(),
+            "g": g.T.contiguous(),
             "row": row[:, None],
             "column": column[:, None],
             "largest": largest_partial_sums(factors)[:, None],
         }
-        self._largest = int(self._vectors["largest"].max())
+        self._largest = float(self._vectors["largest"].max())
         self._copies: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def __repr__(self) -> str:
@@ -92,16 +106,17 @@ class FastModel:
 
     @torch.no_grad()
     def __call__(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """``y[..., n] = Σ_k table[x[..., k], w[n, k]]``, or its convolution.
+        """``y[..., n] = Σ_k fn(x[..., k], w[n, k])``, or its convolution.
 
         Parameters
         ----------
         op : callable
             `torch.nn.functional.linear`, or `torch.nn.functional.conv2d` if w has four dimensions, or their equal.
         x : Tensor
-            ``(..., K)`` or ``(B, C, H, W)``, floating; rounded and saturated to the activation's range.
+            ``(..., K)`` or ``(B, C, H, W)``, floating, of more than 8 bits float32 or float64; rounded and saturated to
+            the activation's range.
         w : Tensor
-            ``(N, K)`` or ``(O, C/groups, kh, kw)``, floating; likewise.
+            ``(N, K)`` or ``(O, C/groups, kh, kw)``, likewise.
         kwargs : mapping
             Of a convolution: stride, padding (also ``"same"`` and ``"valid"``), dilation and groups. Padded positions
             hold 0, which goes through the multiplier like any value.
@@ -114,58 +129,110 @@ class FastModel:
         Raises
         ------
         ValueError
-            Operands that are not floating or not on one device, or shapes or arguments that do not fit.
+            Operands of another dtype or not on one device, shapes or arguments that do not fit, or sums that int64 may
+            not hold.
         """
-        for name, operand in (("x", x), ("w", w)):
+        for name, operand, (bits, _) in zip("xw", (x, w), self._formats, strict=True):
+            if bits > MAX_BITS and operand.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{name} must be float32 or float64, which hold its integers, got {operand.dtype}")
             if not operand.is_floating_point():
                 raise ValueError(f"{name} must be floating, got {operand.dtype}")
+        return round_once(self._sums(op, x, w, kwargs), x.dtype).to(x.device)
+
+    @torch.no_grad()
+    def sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The sums themselves, int64; x and w of any real dtype. Otherwise as a call."""
+        for name, operand in (("x", x), ("w", w)):
+            if operand.is_complex():
+                raise ValueError(f"{name} must be real, got {operand.dtype}")
+        return self._sums(op, x, w, kwargs).to(x.device, torch.int64)
+
+    def _sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The sums in float32, float64 or int64."""
         if x.device != w.device:
             raise ValueError(f"x and w must be on one device, got {x.device} and {w.device}")
         device = device_for(x)
         a, b = (
-            _indices(operand, name, *bits_signed).to(device)
-            for operand, name, bits_signed in zip((x, w), "xw", self._formats, strict=True)
+            _codes(operand, *bits_signed).to(device) for operand, bits_signed in zip((x, w), self._formats, strict=True)
         )
         direct: AbstractContextManager[None] = nullcontext()
         if w.ndim == 2:
             shape = _linear_shape(x, w, kwargs)
+            a = a.reshape(x.shape[:-1].numel(), x.shape[-1])
         else:
             a, kwargs, shape = _without_padding(a, b, kwargs)
             direct = _DIRECT[device.type].inside()
         if 0 in (*shape, *w.shape):
-            return x.new_zeros(shape)
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+        y = self._constants(a, b, kwargs, shape)
         with torch.autocast(device.type, enabled=False), direct:
-            y = self._sums(op, a, b, kwargs, shape)
-        return _rounded_once(y, x.dtype).to(x.device)
+            self._add_products(op, a, b, kwargs, y)
+        return y.reshape(shape)
 
-    def _sums(
-        self, op: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: Mapping[str, Any], shape: tuple[int, ...]
-    ) -> Tensor:
-        """The sums of codes' products, float32 or float64."""
-        dtype, dim = self._arithmetic(b), 1 - b.ndim
-        f, g = (self._on(name, a.device, dtype) for name in "fg")
-        terms = f.shape[1]
-        step = max(1, _CHUNK // max(a.numel(), b.numel()))
-        parts = (slice(first, first + step) for first in range(0, terms, step))
-        products = (op(features(a, f[:, part], dim), features(b, g[:, part], dim), **kwargs) for part in parts)
-        y = reduce(Tensor.add_, products) if terms else torch.zeros(shape, dtype=dtype, device=a.device)
-        column = features(b, self._on("column", a.device, torch.float64), dim).flatten(1).sum(1)
-        y += column.to(dtype).view(-1, *[1] * (b.ndim - 2))
+    def _constants(self, a: Tensor, b: Tensor, kwargs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
+        """What terms with a constant factor add up to, in the dtype that holds all sums."""
+        dtype, dim, device = self._arithmetic(b), 1 - b.ndim, a.device
+        column = features(b, self._on("column", device, torch.int64), dim).flatten(1).sum(1)
+        y = column.to(dtype).view(-1, *[1] * (b.ndim - 2)).expand(len(a), *shape[len(shape) + dim :])
+        y = y.clone(memory_format=torch.contiguous_format if b.ndim == 2 else torch.channels_last)
         if self._has_rows:
-            row = features(a, self._on("row", a.device, torch.float64), dim)
-            y += (row.sum(-1, keepdim=True) if dim == -1 else _window_sums(op, row, b, kwargs)).to(dtype)
+            row = self._on("row", device, torch.int64)
+            for part in _slices(len(a), self.scratch // (8 * a[0].numel())):
+                sums = features(a[part], row, dim)
+                y[part] += sums.sum(-1, keepdim=True) if dim == -1 else _window_sums(sums, b, **kwargs)
         return y
 
+    def _add_products(
+        self, op: Callable[..., Tensor], a: Tensor, b: Tensor, kwargs: Mapping[str, Any], y: Tensor
+    ) -> None:
+        """Add all other terms: as many at a time as scratch holds for one sample, of as many samples as it holds."""
+        dim, device = 1 - b.ndim, a.device
+        dtype = torch.float32 if y.dtype == torch.float32 else torch.float64
+        f, g = self._on("f", device, dtype), self._on("g", device, torch.int64 if y.dtype == torch.int64 else dtype)
+        # float32 is copied once, into another layout; of float64 patches are cut out.
+        copies = 1 + (1 if dtype == torch.float32 else b[0, 0].numel())
+        sample = dtype.itemsize * a[0].numel() * copies
+        for terms in _slices(f.shape[1], self.scratch // max(sample, dtype.itemsize * b.numel())):
+            vectors = f[:, terms]
+            weights = [(features(b, g[:, terms], dim), 0)]
+            if y.dtype == torch.int64:
+                weights = self._digits(weights[0][0], vectors.abs().amax(0), dim)
+            for part in _slices(len(a), self.scratch // (sample * vectors.shape[1])):
+                expanded = features(a[part], vectors, dim)
+                for digit, shift in weights:
+                    y[part].add_(op(expanded, digit, **kwargs).to(y.dtype), alpha=2**shift)
+
     def _arithmetic(self, b: Tensor) -> torch.dtype:
-        """The narrower float in which no partial sum can be inexact."""
+        """float32 or float64, the narrower one in which no partial sum can be inexact, or else int64."""
         bound = b[0].numel() * self._largest
-        if bound >= 2**24:
-            bound = int(features(b, self._on("largest", b.device, torch.float64), 1).flatten(1).sum(1).max())
-        if bound >= 2**53:
-            raise ValueError(
-                f"w must have partial sums below 2**53, got a bound of {bound} from shape {tuple(b.shape)}"
-            )
-        return torch.float32 if bound < 2**24 else torch.float64
+        if bound >= min(2**24, self.exact_below):
+            # Of no negative terms, so that roundings take none from 2⁵³ or more to below it.
+            bound = float(features(b, self._on("largest", b.device, torch.float64), 1).flatten(1).sum(1).max())
+        if bound < min(2**24, self.exact_below) and self._in_bfloat16:
+            return torch.float32
+        if bound < self.exact_below:
+            return torch.float64
+        if bound * (1 + 2**-20) >= 2**63:  # what roundings may hide
+            raise ValueError(f"sums must be below 2**63, with these weights they may reach {bound:.3g}")
+        return torch.int64
+
+    def _digits(self, weights: Tensor, peaks: Tensor, dim: int) -> list[tuple[Tensor, int]]:
+        """Weights' features, int64, as float64 digits and their shifts, so few that sums are exact in each."""
+        by_term = weights.movedim(dim, -1).unflatten(-1, (-1, len(peaks)))
+
+        def is_exact(digit: Tensor) -> bool:
+            return float((digit.double().abs() @ peaks).flatten(1).sum(1).max()) < self.exact_below
+
+        for bits in range(min(int(weights.abs().max()).bit_length(), 62), 0, -1):
+            rest, digits = by_term, []
+            while rest.any():
+                digits.append((torch.fmod(rest, 2**bits), bits * len(digits)))
+                rest = torch.div(rest, 2**bits, rounding_mode="trunc")
+            if all(is_exact(digit) for digit, _ in digits):
+                return [(digit.double().flatten(-2).movedim(-1, dim), shift) for digit, shift in digits]
+        if not weights.any():
+            return []
+        raise ValueError(f"float64 holds no sums of {weights[0].numel():,} products of these operands")
 
     def _on(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = name, dtype, device
@@ -175,9 +242,20 @@ class FastModel:
         return self._copies[key]
 
 
-def _indices(operand: Tensor, name: str, bits: int, signed: bool) -> Tensor:
-    """The codes of an operand's values, uint8, from 0 to ``2**bits − 1``."""
-    return to_codes(operand.detach(), name, bits, signed).view(torch.uint8).bitwise_and(2**bits - 1)
+def _slices(length: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(first, first + step) for first in range(0, length, step))
+
+
+def _codes(operand: Tensor, bits: int, signed: bool) -> Tensor:
+    """Codes of the nearest values that the operand's format has, int32, from 0 to ``2**bits − 1``."""
+    low, high = operand_range(bits, signed)
+    values = operand.detach()
+    if values.is_floating_point():
+        values = values.to(torch.promote_types(values.dtype, torch.float32)).round()
+    else:
+        values = values.long()
+    return values.clamp(low, high).int() & high - low
 
 
 def _linear_shape(x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -221,25 +299,12 @@ def _without_padding(
     return a, {"stride": stride, "dilation": dilation, "groups": groups}, shape
 
 
-def _window_sums(op: Callable[..., Tensor], row: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """``Σ_k row`` over each receptive field: ``(B, C, H, W)`` to ``(B, O, H', W')``."""
-    groups = kwargs["groups"]
-    planes = row.unflatten(1, (groups, -1)).sum(2).flatten(0, 1).unsqueeze(1)  # (B·groups, 1, H, W)
-    sums = op(planes, planes.new_ones(1, 1, *b.shape[2:]), **{**kwargs, "groups": 1})
-    return sums.unflatten(0, (row.shape[0], groups)).squeeze(2).repeat_interleave(b.shape[0] // groups, 1)
-
-
-def _rounded_once(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers in float32 or float64 to the nearest numbers of `dtype`, ties to even.
-
-    torch converts float64 to float16 and bfloat16 by way of float32, and so rounds twice. Integers beyond float32 are
-    infinite in float16. For bfloat16, of 8 digits, the first rounding is to odd at the 21st.
-    """
-    if y.dtype == torch.float64 and dtype == torch.bfloat16:
-        bits = y.view(torch.int64)
-        rest = bits & 0xFFFF_FFFF
-        y = torch.where(rest != 0, (bits - rest) | 1 << 32, bits).view(torch.float64)
-    return y.to(dtype)
+def _window_sums(row: Tensor, b: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor:
+    """Sums over each receptive field: ``(B, C, H, W)`` to ``(B, O, H', W')``."""
+    sums = row.unflatten(1, (groups, -1)).sum(2)
+    for dim, k, s, d in zip((2, 3), b.shape[2:], stride, dilation, strict=True):
+        sums = sums.unfold(dim, d * (k - 1) + 1, s)[..., ::d].sum(-1)
+    return sums.repeat_interleave(b.shape[0] // groups, 1)
 
 
 class _Shared:

@@ -14,7 +14,7 @@ def features(codes: Tensor, vectors: Tensor, dim: int) -> Tensor:
     codes : Tensor
         Integers, of any shape.
     vectors : Tensor
-        ``(codes, P)``, floating.
+        ``(codes, P)``, of any dtype.
     dim : int
         The dimension that is summed over. Groups of it stay groups.
 

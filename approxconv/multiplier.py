@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -46,6 +46,11 @@ def operand_values(bits: int, signed: bool) -> np.ndarray:
     """
     codes = np.arange(2**bits, dtype=np.int64)
     return np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes) if signed else codes
+
+
+def table_values(shape: Sequence[int], signs: tuple[bool, bool]) -> tuple[np.ndarray, np.ndarray]:
+    """`operand_values` of the rows and the columns of a table of that shape."""
+    return tuple(operand_values(n.bit_length() - 1, signed) for n, signed in zip(shape, signs, strict=True))
 
 
 def operand_range(bits: int, signed: bool) -> tuple[int, int]:

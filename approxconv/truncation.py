@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._display import Shown, html_table, titled
 from ._versioned import once_per_version
-from .certificate import weight_codes
-from .multiplier import Multiplier, check_table_shape, operand_values
+from .certificate import largest_partial_sums, weight_codes
+from .low_rank import count_terms
+from .multiplier import Multiplier, check_table_shape, table_values
 
 # Half the distance from 1 to the next number.
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -51,7 +52,11 @@ class Truncation(Shown):
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor]:
         """F and G with ``approximation = Fᵀ·G``, float64, ``(1 + R, 2**bits)``; the product's values come first."""
-        return _with_values(self.f, self.a_signed), _with_values(self.g, self.w_signed)
+        values = table_values(self._error.shape, (self.a_signed, self.w_signed))
+        return tuple(
+            torch.cat([torch.from_numpy(v).double()[None], side])
+            for v, side in zip(values, (self.f, self.g), strict=True)
+        )
 
     def table(self) -> Tensor:
         """The approximation, float64, ``(2**a_bits, 2**w_bits)``, by code."""
@@ -70,8 +75,7 @@ class Truncation(Shown):
     @cached_property
     def _by_weight(self) -> tuple[Tensor, Tensor]:
         """By weight code: ``max_a |error|``, and ``max_a Σ_p |F[p, a]·G[p, w]|``."""
-        f, g = (side.abs() for side in self.parts)
-        return self._error.abs().amax(0), (f.T @ g).amax(0)
+        return self._error.abs().amax(0), largest_partial_sums(self)
 
     def _rounding(self, depth: int, dtype: torch.dtype) -> float:
         """γ: the error of a sum of `depth` products relative to the sum of their terms' magnitudes.
@@ -118,14 +122,14 @@ class Truncation(Shown):
         N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, SIAM 2002, section 3.1: a sum of n
         products in any order is off by at most ``γ_n = n·u/(1 − n·u)`` times the sum of their magnitudes.
         """
-        rows = weight_codes(w, self.g.shape[1].bit_length() - 1)
+        rows = weight_codes(w, self.g.shape[1])
         errors, sums = (by_code.to(w.device)[rows].sum(1) for by_code in self._by_weight)
         depth = rows.shape[1]
         rounding = self._rounding(depth, self.arithmetic(depth)) * sums
         return (errors + rounding + 0.5) * (1 + 2**-30)  # and the roundings of this very formula, and underflows
 
     def __str__(self) -> str:
-        terms = "1 term" if self.rank == 1 else f"{self.rank} terms"
+        terms = count_terms(self.rank)
         return f"approximate: table ≈ a·w + Σ f[a]·g[w] of {terms}, off by up to {self.bound:.6g} a product"
 
     def __repr__(self) -> str:
@@ -139,11 +143,6 @@ class Truncation(Shown):
             ("mean error", f"{float(self._error.mean()):.6g}"),
         ]
         return titled("Approximate: table ≈ a·w + Σ f[a]·g[w]", html_table(rows))
-
-
-def _with_values(side: Tensor, signed: bool) -> Tensor:
-    values = operand_values(side.shape[1].bit_length() - 1, signed)
-    return torch.cat([torch.from_numpy(values).double()[None], side])
 
 
 def check_rank(rank: int) -> int:
@@ -211,13 +210,11 @@ class _Spectra:
         self._decomposed: dict[_Signs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._known: dict[tuple[_Signs, int], Truncation] = {}
 
-    def _values(self, signs: _Signs) -> list[np.ndarray]:
-        return [operand_values(n.bit_length() - 1, s) for n, s in zip(self._table.shape, signs, strict=True)]
-
     def _svd(self, signs: _Signs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """u, σ and v, without what is 0 but for roundings."""
         if signs not in self._decomposed:
-            u, s, v = np.linalg.svd(self._table - np.multiply.outer(*self._values(signs)), full_matrices=False)
+            exact = np.multiply.outer(*table_values(self._table.shape, signs))
+            u, s, v = np.linalg.svd(self._table - exact, full_matrices=False)
             rank = int((s > s[0] * max(self._table.shape) * np.finfo(s.dtype).eps).sum())
             self._decomposed[signs] = u[:, :rank], s[:rank], v[:rank]
         return self._decomposed[signs]
@@ -231,7 +228,7 @@ class _Spectra:
         if (signs, rank) not in self._known:
             u, s, v = self._svd(signs)
             f, g = (side[:rank] * np.sqrt(s[:rank, None]) for side in (u.T, v))
-            errors = np.multiply.outer(*self._values(signs)) + f.T @ g - self._table
+            errors = np.multiply.outer(*table_values(self._table.shape, signs)) + f.T @ g - self._table
             f, g, errors = (torch.from_numpy(np.ascontiguousarray(each)) for each in (f, g, errors))
             self._known[signs, rank] = Truncation(f, g, *signs, errors)
         return self._known[signs, rank]

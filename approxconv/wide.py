@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._display import Shown
-from .geometry import pair
 from .lattice import MOST_TERMS, PRIMES, cross_lattice, find_pivots, reduce_together
+from .low_rank import LowRank, search_once
 from .multiplier import (
     MAX_FUNCTION_BITS,
     as_info,
@@ -31,6 +27,7 @@ from .multiplier import (
 )
 
 if TYPE_CHECKING:
+    from .fast_model import FastModel
     from .formats import CFunction
 
 _RANDOM_PAIRS = 10**7
@@ -72,6 +69,7 @@ class WideMultiplier:
 
     Examples
     --------
+    >>> from approxconv import WideMultiplier
     >>> m = WideMultiplier(lambda a, w: a * w - (a & 7) * (w & 7), bits=(12, 16), a_signed=False, w_signed=True)
     >>> int(m(4095, -1))
     -4144
@@ -170,17 +168,21 @@ class WideMultiplier:
         return products
 
     def fast_model(self) -> FastModel:
-        """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums; see `FastModel`.
+        """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums; the same on every call.
 
         Raises
         ------
         ValueError
             There is no factorisation of at most 64 terms.
         """
-        factors = factorize_wide(self)
-        if factors is None:
-            raise ValueError(f"no factorisation of {self} with at most {MOST_TERMS} terms was found")
-        return factors.fast_model()
+        return self._model
+
+    @cached_property
+    def _model(self) -> FastModel:
+        from .fast_model import FastModel
+
+        with _disable_current_modes(), torch.inference_mode(False):  # as in `factorize_wide`
+            return FastModel(self)
 
     def matmul(self, x: Tensor, w: Tensor) -> Tensor:
         """``y[..., n] = Σ_k fn(x[..., k], w[n, k])``, exactly.
@@ -207,7 +209,7 @@ class WideMultiplier:
         x: Tensor,
         w: Tensor,
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
+        padding: int | Sequence[int] | str = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
@@ -218,12 +220,7 @@ class WideMultiplier:
         Tensor
             int64, ``(B, O, H', W')``.
         """
-        conf = {
-            "stride": pair("stride", stride, 1),
-            "padding": padding,
-            "dilation": pair("dilation", dilation, 1),
-            "groups": groups,
-        }
+        conf = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return self.fast_model().sums(functional.conv2d, x, w, conf)
 
     def __repr__(self) -> str:
@@ -235,7 +232,7 @@ class WideMultiplier:
 
 
 @dataclass(frozen=True, eq=False)
-class WideFactorization(Shown):
+class WideFactorization(LowRank):
     """``fn(a, w) = scale·a·w + Σ_r f[r, a]·g[r, w]`` over the integers, f and g by operand code.
 
     Made by `factorize_wide`; not to be written to.
@@ -254,26 +251,15 @@ class WideFactorization(Shown):
         What it was compared with: ``"all 16,777,216 pairs"``, or a sample of them, and then it is not proven.
     """
 
-    scale: int
-    f: Tensor
-    g: Tensor
-    a_signed: bool
-    w_signed: bool
     verified: str
 
-    @property
-    def rank(self) -> int:
-        """R, the number of terms besides the exact product."""
-        return len(self.f)
+    _left = "fn(a, w)"
 
-    def fast_model(self) -> FastModel:
-        """A callable for `FastApproxConv2dOp` and `FastApproxGeMMOp` that computes exact sums."""
-        return FastModel(self.scale, self.f, self.g, self.a_signed, self.w_signed)
+    def _facts(self) -> list[tuple[str, object]]:
+        return [("verified on", self.verified)]
 
     def __str__(self) -> str:
-        terms = "1 term" if self.rank == 1 else f"{self.rank} terms"
-        parts = ["a·w"] * self.scale + [f"Σ f[a]·g[w] of {terms}"] * bool(self.rank)
-        return f"fn(a, w) = {' + '.join(parts) or 0}, verified on {self.verified}"
+        return f"{self._formula}, verified on {self.verified}"
 
     def __repr__(self) -> str:
         return f"WideFactorization(scale={self.scale}, rank={self.rank}, verified={self.verified!r})"
@@ -337,41 +323,25 @@ def factorize_wide(multiplier: WideMultiplier) -> WideFactorization | None:
 
 
 def _load_or_search(multiplier: WideMultiplier) -> WideFactorization | None:
-    from .kernels.cache import cached_folder
-
     if multiplier._hash is None:
         return _finish(multiplier, _search(multiplier))
-    fresh: list[_Form | None] = []
-
-    def store(folder: Path) -> None:
-        fresh.append(_search(multiplier))
-        form = fresh[-1] or _Form(-1, *2 * [np.zeros((0, 0), np.int8)], "")
-        np.savez(folder / "factors.npz", scale=form.scale, f=form.f, g=form.g, verified=form.verified)
-
     key = f"wide-factorization-{_REVISION}-{multiplier._hash}"
-    with suppress(OSError):  # a full or read-only disk costs the time of a search, no more
-        entry = cached_folder(key, store)
-        if not fresh:
-            try:
-                fresh.append(_load(entry, multiplier))
-            except (OSError, ValueError, KeyError, BadZipFile):
-                shutil.rmtree(entry)
-                cached_folder(key, store)
-    return _finish(multiplier, fresh[-1] if fresh else _search(multiplier))
+    return _finish(multiplier, search_once(key, lambda: _search(multiplier), lambda file: _load(file, multiplier)))
 
 
-def _load(entry: Path, multiplier: WideMultiplier) -> _Form | None:
+def _load(file: Mapping[str, np.ndarray], multiplier: WideMultiplier) -> _Form:
     """What was stored, or a ValueError if that is not this multiplier."""
-    with np.load(entry / "factors.npz", allow_pickle=False) as file:
-        form = _Form(int(file["scale"]), file["f"], file["g"], str(file["verified"]))
-    if form.scale == -1:
-        return None
+    form = _Form(int(file["scale"]), file["f"], file["g"], str(file["verified"]))
     entries = _Entries(multiplier)
     shapes = [(len(form.f), len(values)) for values in entries.values]
-    if [form.f.shape, form.g.shape] != shapes or form.f.dtype.kind != "i" or form.g.dtype.kind != "i":
-        raise ValueError(f"{entry} holds no factorisation of this multiplier")
-    if _witnesses(entries, form, [_lattice_points(*(_probes(values) for values in entries.values))]) is not None:
-        raise ValueError(f"{entry} holds no factorisation of this multiplier")
+    if (
+        form.scale not in (0, 1)
+        or [form.f.shape, form.g.shape] != shapes
+        or form.f.dtype.kind != "i"
+        or form.g.dtype.kind != "i"
+        or _witnesses(entries, form, [_lattice_points(*(_probes(values) for values in entries.values))]) is not None
+    ):
+        raise ValueError("factors of another multiplier")
     return form
 
 
@@ -617,154 +587,3 @@ def _probes(values: np.ndarray) -> np.ndarray:
     structured = _structured(values)
     others = np.random.default_rng(2).integers(len(values), size=_PROBES - len(structured))
     return np.union1d(structured, others)
-
-
-class FastModel:
-    """``model(op, x, w, kwargs)``: a convolution or linear layer by an exact low-rank form, in one call of `op`.
-
-    An operand becomes its features, the factors at its value, as more channels: ``Σ_k fn(x_k, w_k) =
-    Σ_k Σ_p f_p[x_k]·g_p[w_k]``, p running over the exact product too. `op` multiplies and adds them in float64, which
-    is exact in any order while ``Σ_k Σ_p max|f_p|·|g_p[w_k]| < 2^53``: that is computed for the given weights, for
-    each output channel. Where it is more, the weights' features are cut into digits of a few bits, one call of `op`
-    each, and the sums are put together in int64.
-
-    Parameters
-    ----------
-    scale : int
-        0 or 1: whether the exact product is part of the sum.
-    f, g : Tensor
-        ``(R, 2**a_bits)`` and ``(R, 2**w_bits)``, integers of any dtype, by code.
-    a_signed, w_signed : bool
-        Operand signedness.
-    """
-
-    exact_below = 2**53
-    """Sums of integers below it are exact in float64."""
-    scratch = 2**26
-    """Bytes of features and patches that are alive at once; one sample may need more."""
-
-    def __init__(self, scale: int, f: Tensor, g: Tensor, a_signed: bool, w_signed: bool) -> None:
-        self._ranges, terms = [], []
-        for factors, signed in ((f, a_signed), (g, w_signed)):
-            bits = factors.shape[1].bit_length() - 1
-            values = torch.from_numpy(operand_values(bits, signed))
-            self._ranges.append(operand_range(bits, signed))
-            terms.append(torch.cat([values[None], factors.cpu().long()])[1 - scale :])
-            if not len(terms[-1]):
-                terms[-1] = torch.zeros_like(values)[None]
-        self._tables = {torch.device("cpu"): (terms[0].double(), terms[1])}
-
-    def __call__(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """Exact sums, rounded once.
-
-        Parameters
-        ----------
-        op : callable
-            ``torch.nn.functional.conv2d`` or ``linear``, or what computes the same.
-        x, w : Tensor
-            What `op` takes, ``(B, C, H, W)`` and ``(O, C/groups, kh, kw)`` or ``(..., K)`` and ``(N, K)``; rounded and
-            saturated to the operands' ranges.
-        kwargs : mapping
-            Of `op`: stride, padding, dilation, groups. Padded positions hold 0, which is multiplied like any value.
-
-        Returns
-        -------
-        Tensor
-            Of x's dtype, float32 or float64.
-
-        Raises
-        ------
-        ValueError
-            x of another dtype, shapes that do not fit, or sums that int64 may not hold.
-        """
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"x must be float32 or float64, which hold 16-bit integers, got {x.dtype}")
-        return self._sums(op, x, w, kwargs).to(x.dtype)
-
-    def sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """The sums themselves, int64; x and w of any real dtype."""
-        return self._sums(op, x, w, kwargs).long()
-
-    def _sums(self, op: Callable[..., Tensor], x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """float64 if one call of `op` was exact, else int64."""
-        kwargs = dict(kwargs)
-        groups = _check_shapes(x, w, kwargs)
-        if x.device not in self._tables:
-            self._tables[x.device] = tuple(table.to(x.device) for table in self._tables[torch.device("cpu")])
-        f, g = self._tables[x.device]
-        codes, w_codes = (_codes(operand, *limits) for operand, limits in zip((x, w), self._ranges, strict=True))
-        if w.ndim == 4:
-            rows, columns = pair("padding", kwargs.pop("padding", 0), 0)
-            codes = functional.pad(codes, (columns, columns, rows, rows))
-            codes = codes.reshape(len(x), groups, w.shape[1], *codes.shape[2:])
-        else:
-            codes = codes.reshape(x.shape[:-1].numel(), 1, x.shape[-1])
-        digits = self._digits(_features(g, w_codes, 1), f.abs().amax(1))
-        bytes_each = 8 * len(f) * codes.shape[1:].numel() * (1 + w.shape[2:].numel())
-        sums = []
-        exactly = _without_cudnn() if x.is_cuda else nullcontext()
-        with exactly:  # cuDNN may transform operands, whose sums then are not of integers
-            for part in codes.split(max(1, self.scratch // max(bytes_each, 1))):
-                features = _features(f, part, 2).flatten(1, 3)
-                parts = [(op(features, weights.flatten(1, 2), **kwargs), shift) for weights, shift in digits]
-                sums.append(parts[0][0] if len(parts) == 1 else sum(y.long() << shift for y, shift in parts))
-        y = sums[0] if len(sums) == 1 else torch.cat(sums)
-        return y if w.ndim == 4 else y.reshape(*x.shape[:-1], len(w))
-
-    def _digits(self, features: Tensor, peaks: Tensor) -> list[tuple[Tensor, int]]:
-        """Weights' features ``(N, P, ...)`` as float64 digits and their shifts, so few that sums are exact in each."""
-
-        def bound(part: Tensor) -> float:
-            """No sum of an output channel, in whatever order, is larger."""
-            terms = part.double().abs().flatten(2).sum(2) @ peaks
-            return float(terms.max()) * (1 + 2**-20) if terms.numel() else 0.0  # what rounding these sums may hide
-
-        largest = bound(features)
-        if largest >= 2**63:
-            raise ValueError(f"sums must be below 2**63, with these weights they may reach {largest:.3g}")
-        if largest < self.exact_below:
-            return [(features.double(), 0)]
-        for bits in range(int(features.abs().max()).bit_length() - 1, 0, -1):
-            rest, digits = features, []
-            while rest.any():
-                digits.append((torch.fmod(rest, 2**bits), bits * len(digits)))
-                rest = torch.div(rest, 2**bits, rounding_mode="trunc")
-            if all(bound(digit) < self.exact_below for digit, _ in digits):
-                return [(digit.double(), shift) for digit, shift in digits]
-        raise ValueError(f"float64 holds no sums of {features[0].numel():,} products of these operands")
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Not `torch.backends.cudnn.flags`, which writes the TF32 flags too."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
-
-
-def _check_shapes(x: Tensor, w: Tensor, kwargs: Mapping[str, Any]) -> int:
-    """The number of groups, or a ValueError that says what does not fit."""
-    groups = kwargs.get("groups", 1)
-    if w.ndim == 2 and x.ndim and x.shape[-1] == w.shape[1]:
-        return 1
-    if w.ndim == 4 and x.ndim == 4 and x.shape[1] == groups * w.shape[1] and len(w) % groups == 0:
-        return groups
-    raise ValueError(
-        f"x must be (..., K) and w (N, K), or x (B, C, H, W) and w (O, C/groups, kh, kw), got shapes "
-        f"{tuple(x.shape)} and {tuple(w.shape)} with groups={groups}"
-    )
-
-
-def _codes(operand: Tensor, low: int, high: int) -> Tensor:
-    """Codes of the nearest values that the operand's format has, int64."""
-    values = operand.detach()
-    values = values.round() if values.is_floating_point() else values.long()
-    return values.clamp(low, high).long() & high - low
-
-
-def _features(table: Tensor, codes: Tensor, dim: int) -> Tensor:
-    """``table[p, codes]`` with p as dimension `dim`."""
-    return torch.stack([row[codes] for row in table], dim)

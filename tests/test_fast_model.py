@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from approxconv import Multiplier, factorize, get_multiplier
-from approxconv.fast_model import _DIRECT, _rounded_once
+from approxconv.fast_model import _DIRECT, FastModel
 from approxconv.geometry import pair
 from approxconv.operators import FastApproxConv2dOp, FastApproxGeMMOp
+from approxconv.operators.conv2d import round_once
 
 OPS = torch.ops.approxconv
 MULTIPLIERS = {
@@ -195,13 +196,39 @@ def test_beyond_int32():
     assert m.fast_model()(F.linear, x, w, {}).item() == 5001 * (2**19 + 3) - 1
 
 
-def test_bounds_beyond_float64_are_refused(low_rank):
-    """Which takes more weights than fit here: of a bound made up."""
+@pytest.mark.parametrize("limit", [2**53, 2**20, 2**18])
+def test_sums_beyond_float64_are_put_together_from_digits(limit, low_rank, monkeypatch):
+    """They take more weights than fit here: at a lower limit."""
+    m = low_rank(3)
+    x, w = operands(m, (2, 4, 6, 5), (6, 2, 3, 3))
+    monkeypatch.setattr(FastModel, "exact_below", limit)
+    kwargs, spy = {"padding": 2, "groups": 2}, Spy(F.conv2d)
+    expected = gathered_conv(m, x, w, **kwargs)
+    assert torch.equal(m.fast_model()(spy, x, w, kwargs).int(), expected)
+    assert torch.equal(m.fast_model().sums(F.conv2d, x, w, kwargs), expected.long())
+    assert (len(spy.calls) > 1) == (limit < 2**20)
+    largest = [F.conv2d(x.double().abs(), w.double().abs(), **kwargs).max() for x, w, kwargs in spy.calls]
+    assert max(largest) < limit
+
+
+def test_bounds_beyond_int64_are_refused(low_rank):
+    """Of a bound made up."""
     model = low_rank(1).fast_model()
-    model._largest = 2**52
-    model._vectors["largest"] = torch.full((256, 1), 2**52)
-    with pytest.raises(ValueError, match=r"partial sums below 2\*\*53"):
+    model._vectors["largest"] = torch.full((256, 1), 2.0**62)
+    model._largest = 2.0**62
+    with pytest.raises(ValueError, match=r"sums must be below 2\*\*63"):
         model(F.linear, torch.zeros(1, 2), torch.zeros(1, 2), {})
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.bfloat16, torch.float64], ids=str
+)
+def test_sums_of_operands_of_any_dtype(dtype, low_rank):
+    m = low_rank(2)
+    x, w = torch.tensor([[0, 1, 100, 200, 255]]).to(dtype), torch.tensor([[7, 1, -1, -100, 127]]).to(dtype)
+    y = m.fast_model().sums(F.linear, x, w, {})
+    assert y.dtype == torch.int64
+    assert torch.equal(y, gathered(m, x.double().clamp(*m.a_range), w.double().clamp(*m.w_range)).long())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -219,7 +246,8 @@ def test_rounded_once(dtype):
     y = torch.cat([y, -y])
     mantissa, exponent = np.frexp(y.numpy())
     nearest = np.ldexp(np.rint(np.ldexp(mantissa, digits)), exponent - digits)
-    assert torch.equal(_rounded_once(y, dtype), torch.from_numpy(nearest).to(dtype))
+    for integers in (y, y.long()):
+        assert torch.equal(round_once(integers, dtype), torch.from_numpy(nearest).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -230,7 +258,7 @@ def test_half_operands(dtype, depth, low_rank):
     x, w = operands(m, (3, depth), (2, depth), dtype)
     y = FastApproxGeMMOp.apply(x, w, m.fast_model())
     assert y.dtype == dtype
-    assert torch.equal(y, _rounded_once(gathered(m, x, w).double(), dtype))
+    assert torch.equal(y, round_once(gathered(m, x, w).double(), dtype))
 
 
 def test_operands_are_rounded_and_saturated():
@@ -314,14 +342,16 @@ def test_one_call_for_all_terms_and_none_for_constant_ones():
             assert all(x.shape[dim] == terms * x_shape[dim] for x in wide)
 
 
-def test_chunks_of_terms(monkeypatch):
-    monkeypatch.setattr("approxconv.fast_model._CHUNK", 2 * 2 * 4 * 8 * 8)
+def test_chunks_of_terms_and_samples(monkeypatch):
+    """float32 features of a padded sample and a copy take 2 KiB a term."""
     m = get_multiplier("bam_h2_v6_8u")
     x, w = operands(m, (2, 4, 6, 6), (3, 2, 3, 3))
-    spy, kwargs = Spy(F.conv2d), {"padding": 1, "groups": 2}
-    w = torch.cat([w, w])
-    assert torch.equal(m.fast_model()(spy, x, w, kwargs).int(), gathered_conv(m, x, w, **kwargs))
-    assert [a.shape[1] for a, _, _ in spy.calls if a.dtype == torch.float32] == [8, 8, 8]
+    kwargs, w = {"padding": 1, "groups": 2}, torch.cat([w, w])
+    for kibibytes, calls in ((24, [(2, 24)]), (12, [(1, 24)] * 2), (4, [(1, 8)] * 6), (0, [(1, 4)] * 12)):
+        monkeypatch.setattr(FastModel, "scratch", 1024 * kibibytes)
+        spy = Spy(F.conv2d)
+        assert torch.equal(m.fast_model()(spy, x, w, kwargs).int(), gathered_conv(m, x, w, **kwargs))
+        assert [tuple(a.shape[:2]) for a, _, _ in spy.calls] == calls
 
 
 # The process's switches
@@ -573,6 +603,13 @@ def test_refused(x, w, kwargs, message):
     model = get_multiplier("exact_8u_8s").fast_model()
     with pytest.raises(ValueError, match=message):
         model(F.conv2d if w.ndim == 4 else F.linear, x, w, kwargs)
+
+
+@pytest.mark.parametrize("name", ["x", "w"])
+def test_sums_refuse_complex_operands(name):
+    operands = {"x": torch.ones(2, 3), "w": torch.ones(2, 3)} | {name: torch.ones(2, 3, dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=f"{name} must be real, got torch.complex64"):
+        get_multiplier("exact_8u").fast_model().sums(F.linear, **operands, kwargs={})
 
 
 def test_representation():

@@ -9,10 +9,12 @@ from torch.nn import functional
 
 from approxconv import load_function
 from approxconv import wide as module
+from approxconv.certificate import largest_partial_sums
 from approxconv.factorize import factorize
+from approxconv.fast_model import FastModel
 from approxconv.multiplier import operand_values
 from approxconv.operators import FastApproxConv2dOp, FastApproxGeMMOp
-from approxconv.wide import FastModel, WideMultiplier, factorize_wide
+from approxconv.wide import WideMultiplier, factorize_wide
 from approxconv.zoo import get_multiplier, get_wide_multiplier
 
 FLAGS = list(itertools.product((False, True), repeat=2))
@@ -279,7 +281,7 @@ def test_high_ranks_are_none_after_few_products(name):
     m._fn = lambda a, w: seen.append(a.size) or fn(a, w)
     assert factorize_wide(m) is None
     assert sum(seen) <= 2**17
-    with pytest.raises(ValueError, match=f"no factorisation of .*{name}"):
+    with pytest.raises(ValueError, match=f"{name}.* no factorisation of at most 64 terms to make a model of$"):
         m.fast_model()
 
 
@@ -363,6 +365,68 @@ def test_text():
     factors = factorize_wide(get_wide_multiplier("roba_9u"))
     assert str(factors) == "fn(a, w) = a·w + Σ f[a]·g[w] of 1 term, verified on all 262,144 pairs"
     assert repr(factors) == "WideFactorization(scale=1, rank=1, verified='all 262,144 pairs')"
+
+
+@pytest.mark.parametrize("name", ["bbm_v2_16s", "trunc2_9u_9s", "exact_12s"])
+def test_in_a_notebook(name):
+    factors = factorize_wide(get_wide_multiplier(name))
+    html = factors._repr_html_()
+    assert "data:image/png;base64," in html
+    assert len(html) < 60_000
+    for text in (f"fn(a, w) = {'a·w' if factors.scale else 'Σ f[a]'}", "verified on</th><td", factors.verified):
+        assert text in html
+    panels = factors.plot().axes[:2]
+    for ax, (low, high) in zip(
+        panels, (get_wide_multiplier(name).a_range, get_wide_multiplier(name).w_range), strict=True
+    ):
+        (picture,) = ax.images
+        assert picture.get_array().shape == (max(factors.rank, 1), min(high - low + 1, 2048))
+        assert list(picture.get_extent()[:2]) == [low - 0.5, high + 0.5]
+
+
+@pytest.mark.parametrize("name", ["bam_h2_v8_12s", "trunc3_16u", "exact_12s_12u"])
+def test_parts_multiply_to_the_products(name):
+    m = get_wide_multiplier(name)
+    factors = found(m)
+    f, g = factors.parts
+    assert f.dtype == g.dtype == torch.int64
+    assert len(f) == len(g) == factors.scale + factors.rank
+    rng = np.random.default_rng(11)
+    a, w = (drawn(m, 1000, side, rng) for side in (0, 1))
+    products = (f[:, a & f.shape[1] - 1] * g[:, w & g.shape[1] - 1]).sum(0)
+    assert torch.equal(products, torch.from_numpy(m(a.numpy(), w.numpy())))
+
+
+def test_bounds_of_wide_operands():
+    """Of a table the largest sum, of more codes the sum of the largest factors."""
+    factors = factorize_wide(low_rank((10, 9), (True, False), 3, 1))
+    f, g = (side.abs() for side in factors.parts)
+    bounds = largest_partial_sums(factors)
+    assert torch.equal(bounds, f.amax(1).double() @ g.double())
+    assert ((f.T @ g).amax(0) <= bounds).all()
+
+
+@pytest.mark.parametrize(("fn", "bits"), [(np.multiply, 9), (lambda a, w: a * w - (a & 7) * (w & 7), (9, 4))])
+def test_float32_only_of_what_bfloat16_holds(fn, bits):
+    """Sums are small, but reduced precisions of float32 products would round codes of 9 bits."""
+    m = wide(fn, bits)
+    seen = []
+    m.fast_model()(lambda x, w: seen.append(x.dtype) or functional.linear(x, w), torch.ones(1, 1), torch.ones(1, 1), {})
+    assert seen == [torch.float64]
+    kept = wide(lambda a, w: (a >> 1) * w, bits)  # 8 bits are left
+    seen.clear()
+    x, w = torch.full((1, 1), 511.0), torch.full((1, 1), 15.0)
+    y = kept.fast_model()(lambda x, w: seen.append(x.dtype) or functional.linear(x, w), x, w, {})
+    assert y.item() == 255 * 15
+    assert seen == [torch.float32 if bits == (9, 4) else torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_operands_saturate_in_float32(dtype):
+    """Neither holds 65535."""
+    m = get_wide_multiplier("exact_16u")
+    x, w = torch.tensor([[60000.0, float("inf")]], dtype=dtype), torch.tensor([[1, 65535]])
+    assert m.matmul(x, w).item() == int(x[0, 0]) + 65535**2
 
 
 def test_a_wrong_form_is_never_returned(monkeypatch):
@@ -551,19 +615,28 @@ def test_saturation_and_dtypes():
 
 
 def test_parts_of_a_batch(m, monkeypatch):
+    """Scratch for three samples holds that many; for less than one of them, one of its terms."""
     rng = np.random.default_rng(4)
     x, w = drawn(m, (5, 4, 6, 6), 0, rng), drawn(m, (3, 4, 3, 3), 1, rng)
-    calls = []
+    model, expected, seen = m.fast_model(), conv_oracle(m, x, w, padding=(1, 1)), []
 
-    def op(*operands, **kwargs):
-        calls.append(len(operands[0]))
-        return functional.conv2d(*operands, **kwargs)
+    def op(x, w, **kwargs):
+        seen.append(x)
+        return functional.conv2d(x, w, **kwargs)
 
-    model = m.fast_model()
-    monkeypatch.setattr(FastModel, "scratch", 1)
-    y = model.sums(op, x, w, {"padding": 1})
-    assert calls == [1] * 5
-    assert torch.equal(y, conv_oracle(m, x, w, padding=(1, 1)))
+    def samples(scratch):
+        seen.clear()
+        monkeypatch.setattr(FastModel, "scratch", scratch)
+        assert torch.equal(model.sums(op, x, w, {"padding": 1}), expected)
+        return [len(each) for each in seen]
+
+    assert samples(10**9) == [5]
+    # Features and a copy of them, or patches of 3x3.
+    sample = seen[0][0].nbytes * (2 if seen[0].dtype == torch.float32 else 10)
+    terms = seen[0].shape[1] // 4
+    assert samples(3 * sample) == [3, 2]
+    assert samples(sample) == [1] * 5
+    assert samples(1) == [1] * 5 * terms
 
 
 @pytest.mark.parametrize("name", [name for name in MULTIPLIERS if name != "offsets 9x16"])
@@ -649,8 +722,7 @@ def test_gradients():
 def test_a_model_of_narrow_factors():
     """It takes those of a table too."""
     table = get_multiplier("bam_h2_v6_8u_8s")
-    factors = factorize(table)
-    model = FastModel(factors.scale, factors.f, factors.g, factors.a_signed, factors.w_signed)
+    model = FastModel(factorize(table))
     rng = np.random.default_rng(7)
     x, w = torch.from_numpy(rng.integers(0, 256, (5, 30))), torch.from_numpy(rng.integers(-128, 128, (4, 30)))
     expected = table.table.long()[x[:, None], w[None] & 255].sum(-1)
@@ -677,8 +749,11 @@ def test_models_refuse_dtypes(dtype):
 )
 def test_shapes_that_do_not_fit(x, w, groups):
     m = get_wide_multiplier("trunc2_9u")
-    with pytest.raises(ValueError, match=r"x must be \(\.\.\., K\) and w \(N, K\), or x \(B, C, H, W\)"):
-        m.fast_model().sums(functional.conv2d, torch.zeros(x), torch.zeros(w), {"groups": groups})
+    kwargs = {"groups": groups} if len(w) > 2 else {}
+    with pytest.raises(
+        ValueError, match=r"x must be \(\.\.\., K\) and w \(N, K\)|x must be \(B, C, H, W\)|groups must"
+    ):
+        m.fast_model().sums(functional.conv2d, torch.zeros(x), torch.zeros(w), kwargs)
 
 
 @pytest.mark.parametrize(("name", "value"), [("stride", 0), ("padding", -1), ("padding", (1, 2, 3)), ("dilation", 0)])

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..factorize import Factorization
-from ..multiplier import MAX_BITS, operand_values
+from ..factorize import Factorization, is_constant
+from ..multiplier import MAX_BITS
 
 CODES = 2**MAX_BITS
 _LOW, _HIGH = -128, 127
@@ -61,18 +61,13 @@ def byte_form(factors: Factorization) -> ByteForm:
     ByteForm
         On the CPU. ``α`` and ``β`` are 0 wherever the factor is in range already.
     """
-    bits = (side.shape[1].bit_length() - 1 for side in (factors.f, factors.g))
-    values = (operand_values(n, s) for n, s in zip(bits, (factors.a_signed, factors.w_signed), strict=True))
-    pairs = [
-        (f, g) for f, g in zip(factors.f.numpy().astype(np.int64), factors.g.numpy().astype(np.int64), strict=True)
-    ]
-    pairs = [tuple(values), *pairs] if factors.scale else pairs
+    pairs = list(zip(*(side.numpy() for side in factors.parts), strict=True))
     rows, columns = np.zeros(factors.f.shape[1], np.int64), np.zeros(factors.g.shape[1], np.int64)
     u, v = [], []
     for f, g in _merged(pairs):
-        if (g == g[0]).all():
+        if is_constant(g):
             rows += g[0] * f
-        elif (f == f[0]).all():
+        elif is_constant(f):
             columns += f[0] * g
         else:
             alpha, beta = min(int(f.min()), 0), max(int(g.max()) - _HIGH, 0) + min(int(g.min()) - _LOW, 0)
@@ -80,7 +75,7 @@ def byte_form(factors: Factorization) -> ByteForm:
             v.append(g - beta)
             columns += alpha * g
             rows += beta * f - alpha * beta
-    if (rows == rows[0]).all():
+    if is_constant(rows):
         columns += rows[0]
         rows[:] = 0
 

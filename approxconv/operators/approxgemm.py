@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .conv2d import Lut, operands, round_once
+from .conv2d import Lut, operands, result_dtype, round_once
 from .straight_through import save_operands, saved_operands, wanted
 
 
@@ -72,7 +72,7 @@ class ApproxGeMMOp(torch.autograd.Function):
         rows = x_codes[None] if x.ndim == 1 else x_codes
         y = torch.ops.approxconv.lut_matmul(rows, w_codes, table)
         save_operands(ctx, x_codes, w_codes)
-        return round_once(y[0] if x.ndim == 1 else y, x, w)
+        return round_once(y[0] if x.ndim == 1 else y, result_dtype(x, w))
 
     @staticmethod
     @once_differentiable

@@ -134,7 +134,7 @@ def operands(x: Tensor, w: Tensor, lut: Lut) -> tuple[Tensor, Tensor, Tensor]:
     return x_codes, w_codes, lut
 
 
-def _result_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     """Floating dtype of x, else of w, else torch's default one."""
     for operand in (x, w):
         if operand.is_floating_point():
@@ -142,16 +142,16 @@ def _result_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def round_once(sums: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """int32 sums in the floating dtype that x and w ask for, rounded to nearest, ties to even.
+def round_once(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers, in int32, int64, float32 or float64, to the nearest numbers of `dtype`, ties to even.
 
-    torch converts to bfloat16 by way of float32, which rounds twice. Rounding to odd at bit 7, far below bfloat16's
-    last place, makes the first one exact where it would not be, at 2**24 and beyond, and leaves the second one right.
+    torch converts to float16 and bfloat16 by way of float32, and so rounds twice. Integers beyond float32 are infinite
+    in float16. For bfloat16, of 8 digits, the first rounding is to odd at the 21st.
     """
-    dtype = _result_dtype(x, w)
-    if dtype == torch.bfloat16:
-        odd = sums & ~0x7F | torch.where(sums & 0x7F != 0, 0x80, 0)
-        sums = torch.where(sums.abs() >= 2**24, odd, sums)
+    if dtype == torch.bfloat16 and sums.dtype != torch.float32:
+        bits = sums.double().view(torch.int64)
+        rest = bits & 0xFFFF_FFFF
+        sums = torch.where(rest != 0, (bits - rest) | 1 << 32, bits).view(torch.float64)
     return sums.to(dtype)
 
 
@@ -245,7 +245,7 @@ class ApproxConv2dOp(torch.autograd.Function):
         )
         ctx.conf = conf
         save_operands(ctx, x_codes, w_codes)
-        return round_once(y, x, w)
+        return round_once(y, result_dtype(x, w))
 
     @staticmethod
     @once_differentiable
@@ -293,7 +293,7 @@ class ApproxDWConv2dOp(torch.autograd.Function):
         )
         ctx.conf = conf
         save_operands(ctx, x_codes, w_codes)
-        return round_once(y, x, w)
+        return round_once(y, result_dtype(x, w))
 
     @staticmethod
     @once_differentiable
