@@ -117,8 +117,9 @@ class FastModel:
             Operands that are not floating or not on one device, or shapes or arguments that do not fit.
         """
         for name, operand in (("x", x), ("w", w)):
-            if not operand.is_floating_point():
-                raise ValueError(f"{name} must be floating, got {operand.dtype}")
+            if not isinstance(operand, Tensor) or not operand.is_floating_point():
+                got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
+                raise ValueError(f"{name} must be a floating tensor, got {got}")
         if x.device != w.device:
             raise ValueError(f"x and w must be on one device, got {x.device} and {w.device}")
         device = device_for(x)

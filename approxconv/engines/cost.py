@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,16 @@ from .work import Work
 
 _REPEATS = 3
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Another thread of the parent may have been measuring when this process was forked."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)
