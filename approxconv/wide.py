@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._display import Shown
-from .geometry import pair
+from .geometry import conv_output_size, pair
 from .lattice import MOST_TERMS, PRIMES, cross_lattice, find_pivots, reduce_together
 from .multiplier import (
     MAX_FUNCTION_BITS,
@@ -695,6 +695,8 @@ class FastModel:
         codes, w_codes = (_codes(operand, *limits) for operand, limits in zip((x, w), self._ranges, strict=True))
         if w.ndim == 4:
             rows, columns = pair("padding", kwargs.pop("padding", 0), 0)
+            stride, dilation = (pair(name, kwargs.get(name, 1), 1) for name in ("stride", "dilation"))
+            conv_output_size(x.shape[2:], w.shape[2:], stride, (rows, columns), dilation)  # or a ValueError
             codes = functional.pad(codes, (columns, columns, rows, rows))
             codes = codes.reshape(len(x), groups, w.shape[1], *codes.shape[2:])
         else:

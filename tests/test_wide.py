@@ -681,6 +681,12 @@ def test_shapes_that_do_not_fit(x, w, groups):
         m.fast_model().sums(functional.conv2d, torch.zeros(x), torch.zeros(w), {"groups": groups})
 
 
+def test_kernels_larger_than_the_input():
+    m = get_wide_multiplier("trunc2_9u")
+    with pytest.raises(ValueError, match=r"kernel \(3, 3\) with dilation \(2, 1\) is larger than the input \(2, 3\)"):
+        m.conv2d(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 3), padding=(1, 0), dilation=(2, 1))
+
+
 @pytest.mark.parametrize(("name", "value"), [("stride", 0), ("padding", -1), ("padding", (1, 2, 3)), ("dilation", 0)])
 def test_convolutions_that_there_are_not(name, value):
     with pytest.raises(ValueError, match=f"{name} must be an int or a pair"):
