@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,13 +46,13 @@ class Certificate(Shown):
         int64, ``(N,)``, by output channel, on the weights' device.
     bound : int
         The largest of them; 0 if there is none.
-    arithmetics : mapping of str to Verdict
+    arithmetics : dict of str to Verdict
         ``"int8"`` (int32 accumulators), ``"fp16"`` and ``"bf16"`` (fp32 ones), ``"fp32"`` and ``"fp64"``.
     """
 
     bounds: Tensor
     bound: int
-    arithmetics: MappingProxyType[str, Verdict]
+    arithmetics: dict[str, Verdict]
 
     def exact(self, name: str) -> bool:
         """Whether arithmetic `name`, a key of `arithmetics`, is exact.
@@ -136,7 +135,7 @@ def certify(factors: Factorization, w: Tensor) -> Certificate:
     verdicts = {"int8": _int8(factors, rows.shape[1])}
     for name, (_, operands, sums) in _FLOATS.items():
         verdicts[name] = _float(largest, operands, bound, sums)
-    return Certificate(bounds, bound, MappingProxyType(verdicts))
+    return Certificate(bounds, bound, verdicts)
 
 
 def _int8(factors: Factorization, depth: int) -> Verdict:

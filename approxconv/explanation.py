@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from ._display import Shown, html_table, titled
 from .engines import choose, cost, factored, requested
+from .engines.truncated import TruncatedEngine
 from .engines.work import Work, last_seconds, record
 from .geometry import pair
 from .multiplier import Multiplier
 from .nn.layer import ApproxLayer
 from .operators.conv2d import Conv2dArgs
+from .truncation import truncate
 
 _HEADING = ("engine", "products", "predicted GMAC/s", "last measured GMAC/s")
 _REPEATS = 5
@@ -124,7 +127,7 @@ def explain(
         `target` is neither, the shape does not fit it, a multiplier is missing or one too many, or the layer is in
         float mode and looks nothing up.
     EngineError, ImportError
-        The engine asked for cannot run there.
+        The engine asked for cannot run there, or not with this table.
 
     Examples
     --------
@@ -133,12 +136,13 @@ def explain(
     >>> explain(conv, (1, 64, 8, 8), get_multiplier("mitchell_8u_8s")).engine
     'cpu'
     """
-    call = _call(target, tuple(shape), multiplier, device)
+    call = _call(target, _sizes(shape), multiplier, device)
     work, on_gpu = call.work, call.table.is_cuda
-    asked = requested(engine or getattr(target, "engine", "auto"))
-    name, _ = choose(asked, call.table, work)
+    asked = requested(getattr(target, "engine", "auto") if engine is None else engine)
+    name, run = choose(asked, call.table, work)
     verdict = None if asked != "auto" or work.is_small else factored.weigh(work, call.table)
-    others = ("cuda" if on_gpu else "cpu", "factored") if verdict and verdict.products else ()
+    products = factored.form_of(call.table).products if asked == "factored" else verdict.products if verdict else 0
+    others = ("cuda" if on_gpu else "cpu", "factored") if verdict and products else ()
     candidates = tuple(dict.fromkeys((name, *others)))
     if measure:
         for candidate in candidates:
@@ -147,12 +151,14 @@ def explain(
         reason = verdict.why
     elif asked == "auto":
         reason = "too few multiplications for it to be worth learning whether the table has few terms"
+    elif isinstance(run, TruncatedEngine):
+        reason = f"asked for by name; {truncate(call.table, run.rank)}"
     else:
         reason = "asked for by name"
     return Explanation(
         name,
         reason,
-        tuple(_candidate(candidate, work, verdict.products if verdict else 0, on_gpu) for candidate in candidates),
+        tuple(_candidate(candidate, work, products, on_gpu) for candidate in candidates),
         work.macs,
         None if on_gpu else torch.get_num_threads(),
     )
@@ -194,6 +200,13 @@ class _Call:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:])
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape that tensors can have, or a ValueError."""
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) and size >= 0 for size in shape):
+        raise ValueError(f"shape must be a sequence of ints of at least 0, got {shape!r:.60}")
+    return tuple(shape)
 
 
 def _call(

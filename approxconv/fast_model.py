@@ -133,10 +133,13 @@ class FastModel:
             not hold.
         """
         for name, operand, (bits, _) in zip("xw", (x, w), self._formats, strict=True):
-            if bits > MAX_BITS and operand.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"{name} must be float32 or float64, which hold its integers, got {operand.dtype}")
-            if not operand.is_floating_point():
-                raise ValueError(f"{name} must be floating, got {operand.dtype}")
+            wanted = (
+                "floating" if bits <= MAX_BITS else "float32 or float64"
+            )  # bfloat16 does not hold all 16-bit integers
+            fits = isinstance(operand, Tensor) and operand.is_floating_point()
+            if not fits or (bits > MAX_BITS and operand.dtype not in (torch.float32, torch.float64)):
+                got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
+                raise ValueError(f"{name} must be a {wanted} tensor, got {got}")
         return round_once(self._sums(op, x, w, kwargs), x.dtype).to(x.device)
 
     @torch.no_grad()

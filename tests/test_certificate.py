@@ -1,6 +1,7 @@
 """The certificate against brute force: the worst order of the worst terms, and the floats themselves."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -180,3 +181,10 @@ def test_unknown_arithmetic():
     certificate = factorize(get_multiplier("exact_8u")).certificate(torch.zeros(1, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"name must be one of 'int8', .*, got 'tf32'"):
         certificate.exact("tf32")
+
+
+def test_is_pickled_whole():
+    certificate = factorize(get_multiplier("drum4_8s")).certificate(torch.full((2, 9), -128, dtype=torch.int8))
+    copy = pickle.loads(pickle.dumps(certificate))
+    assert str(copy) == str(certificate)
+    assert torch.equal(copy.bounds, certificate.bounds)

@@ -581,8 +581,9 @@ ONES = torch.ones(2, 4, 5, 5), torch.ones(3, 4, 3, 3)
 @pytest.mark.parametrize(
     ("x", "w", "kwargs", "message"),
     [
-        (ONES[0].byte(), ONES[1], {}, "x must be floating, got torch.uint8"),
-        (ONES[0], ONES[1].int(), {}, "w must be floating, got torch.int32"),
+        (ONES[0].byte(), ONES[1], {}, "x must be a floating tensor, got torch.uint8"),
+        (ONES[0], ONES[1].int(), {}, "w must be a floating tensor, got torch.int32"),
+        ([1.0], ONES[1], {}, "x must be a floating tensor, got list"),
         (ONES[0], ONES[1].to("meta"), {}, "x and w must be on one device, got cpu and meta"),
         (ONES[0], ONES[1], {"bias": None}, r"kwargs must hold only stride, .*, got 'bias'"),
         (ONES[0], ONES[1][:, 1:], {}, "groups must divide"),

@@ -732,7 +732,7 @@ def test_a_model_of_narrow_factors():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])
 def test_models_refuse_dtypes(dtype):
     model = get_wide_multiplier("trunc2_9u").fast_model()
-    with pytest.raises(ValueError, match="x must be float32 or float64"):
+    with pytest.raises(ValueError, match="x must be a float32 or float64 tensor"):
         model(functional.linear, torch.zeros(2, 3, dtype=dtype), torch.zeros(2, 3), {})
 
 
@@ -754,6 +754,12 @@ def test_shapes_that_do_not_fit(x, w, groups):
         ValueError, match=r"x must be \(\.\.\., K\) and w \(N, K\)|x must be \(B, C, H, W\)|groups must"
     ):
         m.fast_model().sums(functional.conv2d, torch.zeros(x), torch.zeros(w), kwargs)
+
+
+def test_kernels_larger_than_the_input():
+    m = get_wide_multiplier("trunc2_9u")
+    with pytest.raises(ValueError, match=r"kernel \(3, 3\) with dilation \(2, 1\) is larger than the input \(4, 3\)"):
+        m.conv2d(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 3), padding=(1, 0), dilation=(2, 1))
 
 
 @pytest.mark.parametrize(("name", "value"), [("stride", 0), ("padding", -1), ("padding", (1, 2, 3)), ("dilation", 0)])

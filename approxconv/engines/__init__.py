@@ -34,7 +34,7 @@ class EngineError(RuntimeError):
 
 def check_engine(name: str) -> str:
     """Return `name` if it is ``"auto"`` or an engine, else raise a ValueError that lists them."""
-    base, colon, kernel = name.partition(":")
+    base, colon, kernel = name.partition(":") if isinstance(name, str) else ("", "", "")
     if base == "truncated":
         if not kernel.isdecimal():
             raise ValueError(f"engine 'truncated' needs a rank, as in 'truncated:4', got {name!r}")

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,16 @@ from .work import Work
 
 _REPEATS = 8
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Another thread of the parent may have been measuring when this process was forked."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def known_form(table: Tensor) -> ByteForm | None:
     if "form" not in known:
         with torch.inference_mode(False):
             factors = factorize_table(table)
+            if factors is not None and not torch.equal(factors.reconstruct(), table.cpu().long()):
+                factors = factorize_table(table.clone())  # what others were given as well was written to
             known["form"] = None if factors is None else _on(byte_form(factors), table.device)
     return known["form"]
 

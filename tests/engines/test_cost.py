@@ -1,6 +1,7 @@
 """The cost model: rates from timings, kept on disk, and what follows from them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -118,3 +119,12 @@ def test_calls_on_the_cpu_are_timed():
     x, w = torch.zeros(3, 61, dtype=torch.uint8), torch.zeros(2, 61, dtype=torch.uint8)
     torch.ops.approxconv.lut_matmul(x, w, torch.zeros(256, 256, dtype=torch.int32), engine="reference")
     assert last_seconds("reference", Work.matmul(x.shape, w.shape)) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_does_not_wait_for_a_measurement_of_its_parent(measurements):
+    with cost._lock:  # as another thread holds it while it measures
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if cost._lock.acquire(timeout=5) else 1)
+        assert os.waitpid(child, 0)[1] == 0

@@ -7,6 +7,7 @@ from approxconv import EngineError, explain, get_multiplier, use_engine
 from approxconv.engines import choose, cost, factored, reference
 from approxconv.engines.cost import Rates
 from approxconv.engines.work import Work, last_seconds
+from approxconv.factorize import factorize_table
 from approxconv.nn import ApproxConv2d, ApproxLinear
 from approxconv.operators import Conv2dArgs
 
@@ -84,6 +85,12 @@ def test_a_table_of_high_rank_is_refused_by_name_only():
     assert torch.equal(torch.ops.approxconv.lut_matmul(x, w, high_rank()), reference.lut_matmul(x, w, high_rank()))
 
 
+def test_a_factorisation_that_was_written_to_is_not_used():
+    table = low_rank(2)
+    factorize_table(table).f.zero_()
+    assert torch.equal(*both("lut_matmul", codes(4, 9), codes(3, 9), table))
+
+
 def test_another_device_is_refused():
     assert "CPU or CUDA" in factored.unavailable(torch.device("meta"))
 
@@ -150,6 +157,17 @@ class TestExplain:
         assert "no factorisation of at most 64 terms" in found.reason
         assert found.candidates[0].measured > 0
 
+    def test_an_engine_asked_for_by_name(self, cheap_products):
+        found = explain(self.conv, (2, 64, 16, 16), get_multiplier("kulkarni_8s"), engine="factored")
+        assert [(each.engine, each.products) for each in found.candidates] == [("factored", 2)]
+        assert found.candidates[0].predicted == pytest.approx(5.0)
+        with pytest.raises(EngineError, match="no factorisation of at most 64 terms"):
+            explain(self.conv, (2, 64, 16, 16), get_multiplier("mitchell_8u"), engine="factored")
+        with use_engine("truncated", rank=3):
+            assert "approximate: table ≈ a·w + Σ f[a]·g[w] of 3 terms" in str(
+                explain(self.conv, (2, 64, 16, 16), get_multiplier("mitchell_8u"))
+            )
+
     def test_measures_if_asked_to(self, cheap_products):
         for args, shape in (
             (Conv2dArgs(32, 32, 3), (1, 32, 24, 24)),
@@ -189,6 +207,9 @@ class TestExplain:
             ((torch.nn.Conv2d(3, 4, 1), (1, 3, 4, 4)), "target must be"),
             ((conv, (1, 64, 4, 4)), "multiplier must be a Multiplier"),
             ((conv, (1, 63, 4, 4), get_multiplier("exact_8s")), r"shape must be \(B, 64, H, W\)"),
+            ((conv, (-1, 64, 4, 4), get_multiplier("exact_8s")), "shape must be a sequence of ints of at least 0"),
+            ((conv, (1, 64, 4.0, 4), get_multiplier("exact_8s")), "shape must be a sequence of ints of at least 0"),
+            ((conv, None, get_multiplier("exact_8s")), "shape must be a sequence of ints of at least 0, got None"),
             ((ApproxLinear(7, 3, multiplier="exact_8s"), (5, 6)), r"shape must be \(..., 7\)"),
             ((ApproxConv2d(7, 3, 1, multiplier="exact_8s"), (5, 6)), r"shape must be \(B, 7, H, W\)"),
             ((ApproxLinear(7, 3, multiplier="exact_8s"), (5, 7), get_multiplier("exact_8s")), "must be left out"),

@@ -136,13 +136,13 @@ def test_a_context_is_its_task_s_own():
         assert asyncio.run(main()) == ["reference", "cpu", "reference"]
 
 
-@pytest.mark.parametrize("name", ["abacus", "Abacus_cpu", ""])
+@pytest.mark.parametrize("name", ["abacus", "Abacus_cpu", "", None, 3])
 def test_unknown_engines_are_refused_with_a_list(name):
     listing = "(?s)" + "".join(f"(?=.*{known!r})" for known in ("auto", *ENGINES, name))
     for refused in (lambda: use_engine(name).__enter__(), lambda: select(name, torch.device("cpu"))):
         with pytest.raises(ValueError, match=listing):
             refused()
-    for operator in OPERATORS:
+    for operator in OPERATORS if isinstance(name, str) else ():
         with pytest.raises(ValueError, match=listing):
             call(operator, engine=name)
 
