@@ -30,7 +30,7 @@ from .planning import (
     fitting,
     product_sum_steps,
 )
-from .sources import read
+from .sources import on_reload, read
 
 if TYPE_CHECKING:
     from ..engines.byte_form import ByteForm
@@ -221,6 +221,30 @@ def factored_steps(
     return Steps(tuple(steps), sum(clocks for clocks, _ in chosen), tuple(scratch.items()))
 
 
+@lru_cache(maxsize=4096)
+def _clocks(work: Work, terms: int, has_by_row: bool, entry: str, target: Target) -> tuple[float, float]:
+    """As `FactoredKernelEngine.clocks`; remembered until sources are reloaded, for it is asked on every call."""
+
+    def product(rows: int, lanes: int) -> Problem:
+        x, w = ((work.groups, n, work.depth) for n in (rows, lanes))
+        return product_problem(
+            x, (rows * work.depth, work.depth, 1), w, (lanes * work.depth, work.depth, 1), (rows * lanes, 1, lanes), 0,
+            entry,
+        )  # fmt: skip
+
+    direct, swapped = product(work.rows, work.lanes), product(work.lanes, work.rows)
+    # Of a product whichever operand suits is looked up, as `KernelEngine` does.
+    looked_up = min(
+        product_sum_steps(problem, "lut_gemm", read("lut_gemm").fingerprint, "lut_gemm", target).clocks
+        for problem in ((direct, swapped) if work.operator == "lut_matmul" else (direct,))
+    )
+    source = "factored_gemm", read("factored_gemm").fingerprint
+    return looked_up, factored_steps(direct, *source, "factored_gemm", target, terms, has_by_row).clocks
+
+
+on_reload(_clocks.cache_clear)
+
+
 class FactoredKernelEngine(PlannedEngine):
     """The operators on factored tables. Parameters are those of `PlannedEngine`, variants those of `factored_steps`.
 
@@ -255,17 +279,7 @@ class FactoredKernelEngine(PlannedEngine):
 
         Both planners' estimates, of a matrix product of the same size: nothing in them has been measured.
         """
-        groups, rows, lanes, depth = work.groups, work.rows, work.lanes, work.depth
-        problem = product_problem(
-            (groups, rows, depth), (rows * depth, depth, 1), (groups, lanes, depth), (lanes * depth, depth, 1),
-            (rows * lanes, 1, lanes), 0, entry,
-        )  # fmt: skip
-        target = self._target(device)
-        looked_up = product_sum_steps(problem, "lut_gemm", read("lut_gemm").fingerprint, "lut_gemm", target)
-        multiplied = factored_steps(
-            problem, *self._source("factored_gemm"), "factored_gemm", target, form.products, form.by_row is not None
-        )
-        return looked_up.clocks, multiplied.clocks
+        return _clocks(work, form.products, form.by_row is not None, entry, self._target(device))
 
     @replanned
     def lut_matmul(self, x: Tensor, w: Tensor, form: ByteForm) -> Tensor:

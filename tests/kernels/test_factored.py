@@ -7,6 +7,7 @@ import torch
 
 from approxconv.engines import host_cuda, reference
 from approxconv.engines.byte_form import ByteForm, byte_form
+from approxconv.engines.work import Work
 from approxconv.factorize import factorize_table
 from approxconv.kernels import KernelEngine, benchmark, factored, read
 from approxconv.kernels.factored import FactoredKernelEngine, cuda_engine, host_engine
@@ -137,3 +138,15 @@ def test_devices_without_tensor_cores_for_bytes_are_refused(monkeypatch, capabil
     engine = FactoredKernelEngine("cuda", lambda device: host_cuda.TARGET, lambda plans, device: None, lambda: None)
     reason = engine.unavailable(torch.device("cuda"))
     assert ("sm_75 or newer, got Old One" in reason) if refused else reason is None
+
+
+def test_clocks_of_row_tables_are_those_of_the_operand_that_suits():
+    form = ByteForm(codes(5, 256), codes(5, 256).view(torch.int8), None, torch.zeros(256, dtype=torch.int32))
+
+    def looked_up(work):
+        return host_engine().clocks(work, form, "int16", torch.device("cpu"))[0]
+
+    few, many = (64, 512), (4096, 512)
+    assert looked_up(Work.matmul(few, many)) == looked_up(Work.matmul(many, few))
+    of_filters = Work("lut_conv2d", 1, 64, 4096, 512, 64 * 512)  # a convolution looks its activations up
+    assert looked_up(of_filters) > 2 * looked_up(Work.matmul(few, many))
