@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 SCRATCH = X_SCRATCH + W_SCRATCH + PARTIAL_SCRATCH  # of packed activations and weights together: no partial sums here
 MAX_SPLITS, MOST_SPLIT = 32, 2**24  # splits, and outputs of a problem that is worth any
 WARPS = (1, 2, 4, 8)  # a block
-# Costs in clocks of a multiprocessor, estimates: an mma.m16n8k32 takes one of four tensor cores 8 (an A100's; an H100's
-# about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels, and of the shorter of both a quarter is
-# not hidden; no stage is shorter than a read of global memory; a pass begins with one and with filling its table, which
-# takes a lone warp 4,000. Splits write zeros and add each at this many bytes a clock.
-TENSOR_CORES, MMA_CLOCKS, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 8, 4, 2, 0.75
+# Costs in clocks of a multiprocessor, estimates: an mma.m16n8k32 takes one of four tensor cores `Target.mma_clocks` (an
+# A100's 8, an H100's about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels, and of the shorter of
+# both a quarter is not hidden; no stage is shorter than a read of global memory; a pass begins with one and with
+# filling its table, which takes a lone warp 4,000. Splits write zeros and add each at this many bytes a clock.
+TENSOR_CORES, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 4, 2, 0.75
 STAGE_CLOCKS, PASS_CLOCKS, FILL_CLOCKS, SPLIT_BYTES = 600, 600, 4000, 20
 PACK_BLOCKS = np.dtype([(name, np.int32) for name in ("octets", "fragments", "lanes", "pixels", "zeros")], align=True)
 
@@ -106,7 +106,7 @@ class _Kernels:
         fit = min(self.threads // self.warp // warps, target.shared_bytes // self.shared(lanes, slots))
         together = min(of_multiprocessor, max(1, fit))
         rows, columns = lanes // self.lanes, pixels // self.pixels
-        multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * MMA_CLOCKS
+        multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * target.mma_clocks
         read_shared = together * warps * (rows * LANES_CLOCKS + columns * PIXELS_CLOCKS)
         stage = multiply + read_shared - HIDDEN * min(multiply, read_shared)
         stages = ceil_div(self.stages(problem), splits)

@@ -1,6 +1,7 @@
 """The engine on factored tables: multipliers through their byte forms, executed on the CPU, against the oracle."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,3 +151,15 @@ def test_clocks_of_row_tables_are_those_of_the_operand_that_suits():
     assert looked_up(Work.matmul(few, many)) == looked_up(Work.matmul(many, few))
     of_filters = Work("lut_conv2d", 1, 64, 4096, 512, 64 * 512)  # a convolution looks its activations up
     assert looked_up(of_filters) > 2 * looked_up(Work.matmul(few, many))
+
+
+@pytest.mark.parametrize(("mma_clocks", "multiplied", "looked_up"), [(8, 28, 44), (16, 14, 28)])
+def test_fewer_products_are_worth_it_on_smaller_tensor_cores(mma_clocks, multiplied, looked_up):
+    """GPU_KERNELS.md: up to about 32 on an A100, 40 on an H100 and 16 on Ada."""
+    target = replace(host_cuda.TARGET, mma_clocks=mma_clocks)
+    engine = FactoredKernelEngine("cpu", lambda device: target, run_on_host, lambda: None)
+    work = Work.matmul((12544, 2304), (256, 2304))
+    for products in (multiplied, looked_up):
+        form = ByteForm(codes(products, 256), codes(products, 256), None, torch.zeros(256, dtype=torch.int32))
+        by_rows, by_products = engine.clocks(work, form, "int16", torch.device("cpu"))
+        assert (by_products < by_rows) == (products == multiplied)
