@@ -14,7 +14,7 @@ from approxconv.kernels import KernelEngine, benchmark, factored, read
 from approxconv.kernels.factored import FactoredKernelEngine, cuda_engine, host_engine
 from approxconv.kernels.host import run_on_host
 from approxconv.kernels.plan import SourceEditedError
-from approxconv.kernels.verify import FactoredCase
+from approxconv.kernels.verify import FactoredCase, moved
 from approxconv.multiplier import operand_values
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
@@ -163,3 +163,13 @@ def test_fewer_products_are_worth_it_on_smaller_tensor_cores(mma_clocks, multipl
         form = ByteForm(codes(products, 256), codes(products, 256), None, torch.zeros(256, dtype=torch.int32))
         by_rows, by_products = engine.clocks(work, form, "int16", torch.device("cpu"))
         assert (by_products < by_rows) == (products == multiplied)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_operands_are_as_they_were_on_the_device_that_verifies(layout):
+    case = FactoredCase("factored_conv2d", (2, 3, 4, 5), (3, 3, 1, 2), layout=layout, products=2)
+    for operand in case.operands(torch.Generator().manual_seed(8)):
+        copy = moved(operand, torch.device("cpu"))
+        assert torch.equal(copy, operand)
+        assert copy.stride() == operand.stride()
+        assert moved(operand, torch.device("meta")).stride() == operand.stride()
