@@ -215,7 +215,7 @@ def _factored(
     table = (form.u.T.cpu().int() @ form.v.cpu().int()).cuda()
     engine = cuda_engine()
     got = engine.lut_conv2d(x, w, form, *geometry, 1, 0)
-    if not torch.equal(got, torch.ops.approxconv.lut_conv2d(x, w, table, *geometry, 1, 0)):
+    if not torch.equal(got, torch.ops.approxconv.lut_conv2d(x, w, table, *geometry, 1, 0, engine="cuda")):
         raise AssertionError(f"{layer.name}: the factored engine and row tables disagree at rank {rank}")
     return _median(lambda: engine.lut_conv2d(x, w, form, *geometry, 1, 0), repeats)
 

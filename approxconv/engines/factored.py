@@ -81,6 +81,8 @@ def weigh(work: Work, table: Tensor) -> Verdict:
         return _NO_VERSION
     if on_gpu and work.operator == "lut_dwconv2d":
         return _IN_MEMORY
+    if on_gpu and (reason := unavailable(table.device)) is not None:
+        return Verdict(False, f"products of 8-bit integers cannot run here: {reason}")
     if on_gpu and "form" not in _known(table) and torch.cuda.is_current_stream_capturing():
         return _CAPTURING
     form = known_form(table)

@@ -30,7 +30,7 @@ from .planning import (
     fitting,
     product_sum_steps,
 )
-from .sources import read
+from .sources import on_reload, read
 
 if TYPE_CHECKING:
     from ..engines.byte_form import ByteForm
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 SCRATCH = X_SCRATCH + W_SCRATCH + PARTIAL_SCRATCH  # of packed activations and weights together: no partial sums here
 MAX_SPLITS, MOST_SPLIT = 32, 2**24  # splits, and outputs of a problem that is worth any
 WARPS = (1, 2, 4, 8)  # a block
-# Costs in clocks of a multiprocessor, estimates: an mma.m16n8k32 takes one of four tensor cores 8 (an A100's; an H100's
-# about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels, and of the shorter of both a quarter is
-# not hidden; no stage is shorter than a read of global memory; a pass begins with one and with filling its table, which
-# takes a lone warp 4,000. Splits write zeros and add each at this many bytes a clock.
-TENSOR_CORES, MMA_CLOCKS, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 8, 4, 2, 0.75
+# Costs in clocks of a multiprocessor, estimates: an mma.m16n8k32 takes one of four tensor cores `Target.mma_clocks` (an
+# A100's 8, an H100's about 6.5), a fragment's read of shared memory 4 for lanes and 2 for pixels, and of the shorter of
+# both a quarter is not hidden; no stage is shorter than a read of global memory; a pass begins with one and with
+# filling its table, which takes a lone warp 4,000. Splits write zeros and add each at this many bytes a clock.
+TENSOR_CORES, LANES_CLOCKS, PIXELS_CLOCKS, HIDDEN = 4, 4, 2, 0.75
 STAGE_CLOCKS, PASS_CLOCKS, FILL_CLOCKS, SPLIT_BYTES = 600, 600, 4000, 20
 PACK_BLOCKS = np.dtype([(name, np.int32) for name in ("octets", "fragments", "lanes", "pixels", "zeros")], align=True)
 
@@ -106,7 +106,7 @@ class _Kernels:
         fit = min(self.threads // self.warp // warps, target.shared_bytes // self.shared(lanes, slots))
         together = min(of_multiprocessor, max(1, fit))
         rows, columns = lanes // self.lanes, pixels // self.pixels
-        multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * MMA_CLOCKS
+        multiply = ceil_div(together * warps, TENSOR_CORES) * rows * columns * target.mma_clocks
         read_shared = together * warps * (rows * LANES_CLOCKS + columns * PIXELS_CLOCKS)
         stage = multiply + read_shared - HIDDEN * min(multiply, read_shared)
         stages = ceil_div(self.stages(problem), splits)
@@ -221,6 +221,30 @@ def factored_steps(
     return Steps(tuple(steps), sum(clocks for clocks, _ in chosen), tuple(scratch.items()))
 
 
+@lru_cache(maxsize=4096)
+def _clocks(work: Work, terms: int, has_by_row: bool, entry: str, target: Target) -> tuple[float, float]:
+    """As `FactoredKernelEngine.clocks`; remembered until sources are reloaded, for it is asked on every call."""
+
+    def product(rows: int, lanes: int) -> Problem:
+        x, w = ((work.groups, n, work.depth) for n in (rows, lanes))
+        return product_problem(
+            x, (rows * work.depth, work.depth, 1), w, (lanes * work.depth, work.depth, 1), (rows * lanes, 1, lanes), 0,
+            entry,
+        )  # fmt: skip
+
+    direct, swapped = product(work.rows, work.lanes), product(work.lanes, work.rows)
+    # Of a product whichever operand suits is looked up, as `KernelEngine` does.
+    looked_up = min(
+        product_sum_steps(problem, "lut_gemm", read("lut_gemm").fingerprint, "lut_gemm", target).clocks
+        for problem in ((direct, swapped) if work.operator == "lut_matmul" else (direct,))
+    )
+    source = "factored_gemm", read("factored_gemm").fingerprint
+    return looked_up, factored_steps(direct, *source, "factored_gemm", target, terms, has_by_row).clocks
+
+
+on_reload(_clocks.cache_clear)
+
+
 class FactoredKernelEngine(PlannedEngine):
     """The operators on factored tables. Parameters are those of `PlannedEngine`, variants those of `factored_steps`.
 
@@ -255,17 +279,7 @@ class FactoredKernelEngine(PlannedEngine):
 
         Both planners' estimates, of a matrix product of the same size: nothing in them has been measured.
         """
-        groups, rows, lanes, depth = work.groups, work.rows, work.lanes, work.depth
-        problem = product_problem(
-            (groups, rows, depth), (rows * depth, depth, 1), (groups, lanes, depth), (lanes * depth, depth, 1),
-            (rows * lanes, 1, lanes), 0, entry,
-        )  # fmt: skip
-        target = self._target(device)
-        looked_up = product_sum_steps(problem, "lut_gemm", read("lut_gemm").fingerprint, "lut_gemm", target)
-        multiplied = factored_steps(
-            problem, *self._source("factored_gemm"), "factored_gemm", target, form.products, form.by_row is not None
-        )
-        return looked_up.clocks, multiplied.clocks
+        return _clocks(work, form.products, form.by_row is not None, entry, self._target(device))
 
     @replanned
     def lut_matmul(self, x: Tensor, w: Tensor, form: ByteForm) -> Tensor:

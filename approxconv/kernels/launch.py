@@ -15,6 +15,7 @@ from .compile import compile_kernel
 from .plan import Plan, SourceEditedError, Target
 from .sources import on_reload, read
 
+_LARGE_TENSOR_CORES = ("80", "87", "90", "100")  # others multiply half as many bytes a clock
 _first_process: int | None = None
 
 
@@ -39,8 +40,13 @@ def require_cupy() -> Any:
 @cache
 def device_target(index: int) -> Target:
     """What planning needs to know of CUDA device `index`."""
-    attributes = require_cupy().cuda.Device(index).attributes
-    return Target(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+    device = require_cupy().cuda.Device(index)
+    attributes, has_large_tensor_cores = device.attributes, device.compute_capability in _LARGE_TENSOR_CORES
+    return Target(
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        mma_clocks=8 if has_large_tensor_cores else 16,
+    )
 
 
 @lru_cache(maxsize=64)

@@ -56,7 +56,10 @@ class Target:
         How many there are: blocks that can run at once.
     shared_bytes : int
         Shared memory one block can have, with opt-in.
+    mma_clocks : int
+        Clocks that an ``mma.m16n8k32`` of bytes takes one of a multiprocessor's four tensor cores.
     """
 
     multiprocessors: int
     shared_bytes: int
+    mma_clocks: int = 8

@@ -34,8 +34,19 @@ def hostile(low=-(2**15), high=2**15, shape=(256, 256)):
     return torch.randint(low, high, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(1))
 
 
-def conv_on(x, w, table, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, pad_code=7):
-    return OPS.lut_conv2d(x, w, table, list(stride), list(padding), list(dilation), groups, pad_code)
+def low_rank():
+    """Not commutative, not 0 at code 0, with sums of rows beside its products."""
+    generator = torch.Generator().manual_seed(1)
+    f, g = (torch.randint(-9, 10, (3, 256), dtype=torch.int32, generator=generator) for _ in range(2))
+    a = torch.arange(256, dtype=torch.int32)
+    return a[:, None] * a.to(torch.int8) + f.T @ g + 1000 * f[0, :, None] ** 2
+
+
+def conv_on(x, w, table, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, pad_code=7, engine="auto"):
+    return OPS.lut_conv2d(x, w, table, list(stride), list(padding), list(dilation), groups, pad_code, engine=engine)
+
+
+of_both_engines = pytest.mark.parametrize(("engine", "make"), [("cuda", hostile), ("factored", low_rank)])
 
 
 def test_cpu_tensors_are_refused():
@@ -50,6 +61,7 @@ def test_every_kernel_equals_the_oracle(source):
 
 
 @pytest.mark.gpu
+@of_both_engines
 @pytest.mark.parametrize(
     ("x", "w", "arguments"),
     [
@@ -59,12 +71,13 @@ def test_every_kernel_equals_the_oracle(source):
         ((4, 96, 28, 20), (64, 24, 3, 5), {"stride": (1, 2), "dilation": (2, 1), "groups": 4}),
     ],
 )
-def test_large_convolutions(x, w, arguments):
-    x, w, table = codes(*x), codes(*w, seed=3), hostile()
-    with approxconv.use_engine("cpu"):
-        expected = conv_on(x, w, table, **arguments)
+def test_large_convolutions(x, w, arguments, engine, make):
+    x, w, table = codes(*x), codes(*w, seed=3), make()
+    expected = conv_on(x, w, table, **arguments, engine="cpu")
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        got = conv_on(x.cuda().contiguous(memory_format=memory_format), w.cuda(), table.cuda(), **arguments)
+        got = conv_on(
+            x.cuda().contiguous(memory_format=memory_format), w.cuda(), table.cuda(), **arguments, engine=engine
+        )
         assert torch.equal(got.cpu(), expected)
 
 
@@ -79,10 +92,11 @@ def test_large_depthwise(stride):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("m", "n", "k"), [(4096, 1024, 512), (64, 1000, 512), (1, 1000, 512), (3000, 9, 4097)])
-def test_products_of_any_proportions(m, n, k):
-    x, w, table = codes(m, k, dtype=torch.int8), codes(n, k, seed=3), hostile(0, 65026)
+@pytest.mark.parametrize(("engine", "table"), [("cuda", hostile(0, 65026)), ("factored", low_rank())])
+def test_products_of_any_proportions(m, n, k, engine, table):
+    x, w = codes(m, k, dtype=torch.int8), codes(n, k, seed=3)
     expected = OPS.lut_matmul(x, w, table, engine="cpu")
-    assert torch.equal(OPS.lut_matmul(x.cuda(), w.cuda(), table.cuda()).cpu(), expected)
+    assert torch.equal(OPS.lut_matmul(x.cuda(), w.cuda(), table.cuda(), engine=engine).cpu(), expected)
 
 
 FUNCTIONS = {
@@ -119,54 +133,58 @@ def test_autocast_leaves_codes_alone():
 
 
 @pytest.mark.gpu
-def test_a_side_stream_is_waited_for_by_nobody_else():
+@of_both_engines
+def test_a_side_stream_is_waited_for_by_nobody_else(engine, make):
     x, w = codes(2048, 512), codes(256, 512)
-    table = hostile().cuda()
-    OPS.lut_matmul(x.cuda(), w.cuda(), table)  # compiles, and reads the table's range
+    table = make().cuda()
+    OPS.lut_matmul(x.cuda(), w.cuda(), table, engine=engine)  # compiles, and reads the table
     expected = OPS.lut_matmul(x, w, table.cpu(), engine="cpu")
     pinned = [tensor.pin_memory() for tensor in (x, w)]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)  # work that an unordered kernel would overtake
-        y = OPS.lut_matmul(*(tensor.to("cuda", non_blocking=True) for tensor in pinned), table)
+        y = OPS.lut_matmul(*(tensor.to("cuda", non_blocking=True) for tensor in pinned), table, engine=engine)
     assert not stream.query()  # nothing made the host wait
     stream.synchronize()
     assert torch.equal(y.cpu(), expected)
 
 
 @pytest.mark.gpu
-def test_a_table_met_on_one_stream_is_whole_on_another():
+@of_both_engines
+def test_a_table_met_on_one_stream_is_whole_on_another(engine, make):
     x, w = codes(8, 16, 14, 14).cuda(), codes(32, 16, 3, 3).cuda()
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     for seed in range(20):
-        table = hostile(0, 65026).roll(seed, 0).cuda()
+        table = make().roll(seed, 0).cuda()
         torch.cuda.synchronize()
         with torch.cuda.stream(first):
-            conv_on(x, w, table)
+            conv_on(x, w, table, engine=engine)
         with torch.cuda.stream(second):
-            y = conv_on(x, w, table)
+            y = conv_on(x, w, table, engine=engine)
         torch.cuda.synchronize()
         assert torch.equal(y.cpu(), conv_on(x.cpu(), w.cpu(), table.cpu()))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current_one():
-    x, w, table = codes(300, 40), codes(20, 40), hostile()
-    y = OPS.lut_matmul(*(tensor.to("cuda:1") for tensor in (x, w, table)))
+@of_both_engines
+def test_another_device_than_the_current_one(engine, make):
+    x, w, table = codes(300, 40), codes(20, 40), make()
+    y = OPS.lut_matmul(*(tensor.to("cuda:1") for tensor in (x, w, table)), engine=engine)
     assert y.device == torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
     assert torch.equal(y.cpu(), reference.lut_matmul(x, w, table))
 
 
 @pytest.mark.gpu
-def test_graph_capture_once_warmed_up():
-    x, w, table = codes(8, 16, 14, 14).cuda(), codes(32, 16, 3, 3).cuda(), hostile().cuda()
+@of_both_engines
+def test_graph_capture_once_warmed_up(engine, make):
+    x, w, table = codes(8, 16, 14, 14).cuda(), codes(32, 16, 3, 3).cuda(), make().cuda()
     depthwise = codes(16, 1, 3, 3).cuda()
 
     def run():
-        return conv_on(x, w, table), OPS.lut_dwconv2d(x, depthwise, table, [1, 1], [1, 1], [1, 1], 7)
+        return conv_on(x, w, table, engine=engine), OPS.lut_dwconv2d(x, depthwise, table, [1, 1], [1, 1], [1, 1], 7)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -186,6 +204,17 @@ def test_graph_capture_once_warmed_up():
 
 
 @pytest.mark.gpu
+def test_a_table_of_few_terms_met_while_a_graph_is_recorded_is_looked_up():
+    x, w, table = codes(64, 64, 14, 14).cuda(), codes(64, 64, 3, 3).cuda(), low_rank().cuda()
+    conv_on(x, w, table, engine="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = conv_on(x, w, table)
+    graph.replay()
+    assert torch.equal(y, conv_on(x, w, table, engine="factored"))
+
+
+@pytest.mark.gpu
 def test_an_edited_kernel_runs_at_the_next_call(tmp_path):
     x, w, table = codes(5, 12).cuda(), codes(6, 12).cuda(), hostile().cuda()
     expected = OPS.lut_matmul(x, w, table)
@@ -198,20 +227,21 @@ def test_an_edited_kernel_runs_at_the_next_call(tmp_path):
 
 
 @pytest.mark.gpu
-def test_memory_does_not_grow_and_scratch_is_bounded():
-    x, w, table = codes(32, 64, 56, 56).cuda(), codes(64, 64, 3, 3).cuda(), hostile().cuda()
-    y = conv_on(x, w, table)
+@of_both_engines
+def test_memory_does_not_grow_and_scratch_is_bounded(engine, make):
+    x, w, table = codes(32, 64, 56, 56).cuda(), codes(64, 64, 3, 3).cuda(), make().cuda()
+    y = conv_on(x, w, table, engine=engine)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _ in range(1000):
-        y = conv_on(x, w, table)
+        y = conv_on(x, w, table, engine=engine)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 64 * MIB
     free = torch.cuda.mem_get_info()[0]
     for _ in range(100):
-        conv_on(x, w, table)
+        conv_on(x, w, table, engine=engine)
     torch.cuda.synchronize()
     assert torch.cuda.mem_get_info()[0] >= free - 2 * MIB
 

@@ -1,13 +1,19 @@
 """The factored engine against the oracle, and when it is chosen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from approxconv import EngineError, explain, get_multiplier, use_engine
-from approxconv.engines import choose, cost, factored, reference
+from approxconv.engines import choose, cost, factored, host_cuda, reference
 from approxconv.engines.cost import Rates
 from approxconv.engines.work import Work, last_seconds
 from approxconv.factorize import factorize_table
+from approxconv.kernels import factored as kernels
+from approxconv.kernels.factored import FactoredKernelEngine
+from approxconv.multiplier import prepare
 from approxconv.nn import ApproxConv2d, ApproxLinear
 from approxconv.operators import Conv2dArgs
 
@@ -133,6 +139,52 @@ def test_auto_computes_with_the_engine_it_takes(cheap_products):
     table[7, 9] += 1  # is factorised anew
     y = torch.ops.approxconv.lut_matmul(x, w, table)
     assert torch.equal(y, torch.ops.approxconv.lut_matmul(x, w, table, engine="cpu"))
+
+
+class TestOnAGpu:
+    """What is chosen there, with a table that only looks as if it lay on one."""
+
+    @pytest.fixture
+    def table(self, monkeypatch):
+        table = low_rank(2)
+        on_cpu = factored.known_form(table), prepare(table)
+        with FakeTensorMode():
+            on_gpu = torch.empty(table.shape, dtype=table.dtype, device="cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(factored, "known_form", lambda table: on_cpu[0])
+        monkeypatch.setattr(factored, "prepare", lambda table: on_cpu[1])
+        engine = FactoredKernelEngine("cuda", lambda device: host_cuda.TARGET, lambda plans, device: None, lambda: None)
+        monkeypatch.setattr(kernels, "cuda_engine", lambda: engine)
+        return on_gpu
+
+    def test_few_products_are_multiplied(self, table):
+        verdict = factored.weigh(LARGE, table)
+        assert verdict.is_faster
+        assert verdict.products == 3
+
+    def test_many_products_are_looked_up(self, table, monkeypatch):
+        form = factored.known_form(table)
+        many = replace(form, u=form.u.repeat(30, 1), v=form.v.repeat(30, 1))
+        monkeypatch.setattr(factored, "known_form", lambda table: many)
+        assert not factored.weigh(Work.matmul((4096, 2304), (256, 2304)), table).is_faster
+
+    def test_depthwise_convolutions_are_looked_up(self, table):
+        work = Work.conv2d((64, 96, 56, 56), (96, 1, 3, 3), (1, 1), (1, 1), (1, 1), 96, "lut_dwconv2d")
+        assert "memory" in factored.weigh(work, table).why
+
+    def test_a_device_without_the_instructions_looks_up(self, table, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+        monkeypatch.setattr(factored, "known_form", None)  # nothing is factorised
+        verdict = factored.weigh(LARGE, table)
+        assert not verdict.is_faster
+        assert "sm_75 or newer, got a device" in verdict.why
+
+    def test_nothing_is_factorised_while_a_graph_is_recorded(self, table, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(factored, "known_form", None)
+        assert "graph" in factored.weigh(LARGE, table).why
 
 
 class TestExplain:

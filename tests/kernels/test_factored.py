@@ -1,18 +1,20 @@
 """The engine on factored tables: multipliers through their byte forms, executed on the CPU, against the oracle."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from approxconv.engines import host_cuda, reference
 from approxconv.engines.byte_form import ByteForm, byte_form
+from approxconv.engines.work import Work
 from approxconv.factorize import factorize_table
 from approxconv.kernels import KernelEngine, benchmark, factored, read
 from approxconv.kernels.factored import FactoredKernelEngine, cuda_engine, host_engine
 from approxconv.kernels.host import run_on_host
 from approxconv.kernels.plan import SourceEditedError
-from approxconv.kernels.verify import FactoredCase
+from approxconv.kernels.verify import FactoredCase, moved
 from approxconv.multiplier import operand_values
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
@@ -137,3 +139,37 @@ def test_devices_without_tensor_cores_for_bytes_are_refused(monkeypatch, capabil
     engine = FactoredKernelEngine("cuda", lambda device: host_cuda.TARGET, lambda plans, device: None, lambda: None)
     reason = engine.unavailable(torch.device("cuda"))
     assert ("sm_75 or newer, got Old One" in reason) if refused else reason is None
+
+
+def test_clocks_of_row_tables_are_those_of_the_operand_that_suits():
+    form = ByteForm(codes(5, 256), codes(5, 256).view(torch.int8), None, torch.zeros(256, dtype=torch.int32))
+
+    def looked_up(work):
+        return host_engine().clocks(work, form, "int16", torch.device("cpu"))[0]
+
+    few, many = (64, 512), (4096, 512)
+    assert looked_up(Work.matmul(few, many)) == looked_up(Work.matmul(many, few))
+    of_filters = Work("lut_conv2d", 1, 64, 4096, 512, 64 * 512)  # a convolution looks its activations up
+    assert looked_up(of_filters) > 2 * looked_up(Work.matmul(few, many))
+
+
+@pytest.mark.parametrize(("mma_clocks", "multiplied", "looked_up"), [(8, 28, 44), (16, 14, 28)])
+def test_fewer_products_are_worth_it_on_smaller_tensor_cores(mma_clocks, multiplied, looked_up):
+    """GPU_KERNELS.md: up to about 32 on an A100, 40 on an H100 and 16 on Ada."""
+    target = replace(host_cuda.TARGET, mma_clocks=mma_clocks)
+    engine = FactoredKernelEngine("cpu", lambda device: target, run_on_host, lambda: None)
+    work = Work.matmul((12544, 2304), (256, 2304))
+    for products in (multiplied, looked_up):
+        form = ByteForm(codes(products, 256), codes(products, 256), None, torch.zeros(256, dtype=torch.int32))
+        by_rows, by_products = engine.clocks(work, form, "int16", torch.device("cpu"))
+        assert (by_products < by_rows) == (products == multiplied)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_operands_are_as_they_were_on_the_device_that_verifies(layout):
+    case = FactoredCase("factored_conv2d", (2, 3, 4, 5), (3, 3, 1, 2), layout=layout, products=2)
+    for operand in case.operands(torch.Generator().manual_seed(8)):
+        copy = moved(operand, torch.device("cpu"))
+        assert torch.equal(copy, operand)
+        assert copy.stride() == operand.stride()
+        assert moved(operand, torch.device("meta")).stride() == operand.stride()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from approxconv.kernels import Plan, launch, read, reload
+from approxconv.kernels import Plan, Target, launch, read, reload
 from approxconv.kernels.launch import device_target
 
 launcher = sys.modules["approxconv.kernels.launch"]
@@ -147,9 +147,10 @@ def test_a_plan_for_an_edited_source_is_not_run(log):
     assert any(entry[0] == "launch" for entry in log)
 
 
-def test_target_is_read_from_the_device(log):
-    target = device_target(0)
-    assert (target.multiprocessors, target.shared_bytes) == (132, 232448)
+@pytest.mark.parametrize(("capability", "mma_clocks"), [("75", 16), ("80", 8), ("89", 16), ("90", 8), ("120", 16)])
+def test_target_is_read_from_the_device(log, monkeypatch, capability, mma_clocks):
+    monkeypatch.setattr(sys.modules["cupy"].cuda.Device, "compute_capability", capability)
+    assert device_target(0) == Target(132, 232448, mma_clocks)
 
 
 def test_a_fork_after_the_first_launch_is_refused(log):
