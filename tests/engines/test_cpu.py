@@ -1,9 +1,7 @@
 """The Numba engine equals the oracle, whatever table, shape, memory layout, thread, process or memory it gets."""
 
-import ctypes
 import itertools
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -543,20 +541,6 @@ def test_other_processes(way, tmp_path):
 # Memory
 
 
-def fenced(tensor, at_end):
-    """A copy with the same strides, between two pages that nobody may touch, against one of them."""
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size = -(-span // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for fence in (start, start + mmap.PAGESIZE + size):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    offset = mmap.PAGESIZE + (size - span if at_end else 0)
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=span, offset=offset)
-    return flat.copy_(tensor.as_strided((span,), (1,))).as_strided(tensor.shape, tensor.stride())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize(
     ("operator", "case"),
@@ -566,7 +550,7 @@ def fenced(tensor, at_end):
     ],
     ids=[*(f"conv-{name}" for name in CONVOLUTIONS), *(f"depthwise-{name}" for name in DEPTHWISE)],
 )
-def test_no_operand_is_read_past_its_ends(operator, case, at_end):
+def test_no_operand_is_read_past_its_ends(operator, case, at_end, fenced):
     """A read beyond them is a segmentation fault here."""
     if operator == "lut_conv2d":
         batch, channels, size, filters, kernel, *geometry = case

@@ -143,6 +143,7 @@ DEPTHWISE = {
     "band": ((1, 2, 90, 70), (2, 1, 5, 1), (1, 1), (2, 2), (1, 1)),
     "large_plane": ((1, 1, 12, 12_000), (1, 1, 3, 2), (1, 1), (1, 1), (1, 1)),
     "one_pixel": ((1, 1, 1, 1), (1, 1, 1, 1), (1, 1), (0, 0), (1, 1)),
+    "one_column_dilated_far": ((1, 2, 3, 4), (2, 1, 2, 1), (1, 1), (0, 0), (2, 2**30)),
 }
 
 
@@ -157,6 +158,16 @@ def test_dwconv2d_layouts():
     generator = torch.Generator().manual_seed(7)
     for x, w in itertools.product(layouts(generator, 2, 18, 7, 18), layouts(generator, 18, 1, 3, 2)):
         check("lut_dwconv2d", "two", x, w, (1, 2), (1, 1), (1, 1), 7)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_operand_is_read_past_its_ends(path, fenced, at_end):
+    generator = torch.Generator().manual_seed(10)
+    cases = [("lut_conv2d", case) for case in CONVOLUTIONS.values()]
+    cases += [("lut_dwconv2d", case) for case in DEPTHWISE.values()]
+    for operator, (x_shape, w_shape, *geometry) in cases:
+        for x, w in zip(layouts(generator, *x_shape), layouts(generator, *w_shape), strict=True):
+            check(operator, "two", fenced(x, at_end), fenced(w, at_end), *geometry, 7)
 
 
 def test_sums_wrap_and_products_do_not_saturate(path):

@@ -184,7 +184,9 @@ def lut_dwconv2d(
 ) -> Tensor:
     """One group a channel. A grouped convolution where a plane is too large or its pixels lie too far apart."""
     batch, channels, *size = x.shape
-    kernel, geometry, multiplier = tuple(w.shape[2:]), (*stride, *padding, *dilation), w.shape[0] // channels
+    kernel, multiplier = tuple(w.shape[2:]), w.shape[0] // channels
+    dilation = [d if k > 1 else 1 for d, k in zip(dilation, kernel, strict=True)]  # windows of four taps stay near
+    geometry = (*stride, *padding, *dilation)
     out_h, out_w = conv_output_size(size, kernel, stride, padding, dilation)
     path = PATHS[best()]
     reach = dilation[0] * (kernel[0] - 1) + 1
