@@ -245,12 +245,13 @@ def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path, before):
                 ("channel >= walk.channels_left()) return 0", "channel >= walk.channels_left()) return 1"),
                 ("inside ? x[c * g.x_channel] : g.pad_code", "inside ? x[c * g.x_channel] : 0"),
                 ("min(octet, packed.stages - 1)", "min(begin, packed.stages - 1)"),
+                ("        wait_for_copies();", "        // wait_for_copies();"),
             )
         ),
     ],
     ids=[
         "swapped table index", "unmasked tail", "padding with zero", "unmasked channels", "sums of zero padding",
-        "octets of another quarter",
+        "octets of another quarter", "copies not waited for",
     ],
 )  # fmt: skip
 def test_verify_tells_a_wrong_edit_from_a_right_one(tmp_path, source, file, old, new):
