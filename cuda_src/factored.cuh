@@ -87,14 +87,18 @@ __device__ inline void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
                  : "memory");
-#else
+#elif defined(__CUDA_ARCH__)
     *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#else
+    cuda_on_host::copy_async<16>(to, from);
 #endif
 }
 
 __device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+    cuda_on_host::wait_for_copies();
 #endif
 }
 

@@ -201,7 +201,9 @@ def factored_steps(
     kernels = _Kernels(source, op, terms, has_by_row)
     parts = kernels.parts(problem)
     if variant is None:
-        chosen = [kernels.best(part, target) for part in parts]
+        sizes = [(part.groups, part.lanes, part.pixels, part.channels, part.taps) for part in parts]
+        best = {size: kernels.best(part, target) for size, part in dict(zip(sizes, parts, strict=True)).items()}
+        chosen = [best[size] for size in sizes]
     else:
         chosen = [(math.inf, kernels.checked(variant, part)) for part in parts]
     each = [(part, *choice) for part, (_, choice) in zip(parts, chosen, strict=True)]

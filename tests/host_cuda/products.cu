@@ -1,4 +1,5 @@
-// Products of fragments by the very function that the factored kernels call; test_products.py lays the fragments out.
+// Products of fragments, and copies, by the very functions that the factored kernels call; test_products.py lays the
+// fragments out.
 
 #include "factored.cuh"
 
@@ -25,4 +26,14 @@ extern "C" __global__ void products(const uint4* a, const uint2* b, int4* c) {
         for (int j = 0; j < B_FRAGMENTS; ++j)
             c[(i * B_FRAGMENTS + j) * WARP + threadIdx.x] =
                 make_int4(cs[i][j][0], cs[i][j][1], cs[i][j][2], cs[i][j][3]);
+}
+
+// What is there before a copy is waited for, and after it.
+extern "C" __global__ void copies(const char* from, uint4* before, uint4* after) {
+    __shared__ uint4 stage[WARP];
+    stage[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    copy_async(stage + threadIdx.x, from + threadIdx.x * 16);
+    before[threadIdx.x] = stage[threadIdx.x];
+    wait_for_copies();
+    after[threadIdx.x] = stage[threadIdx.x];
 }

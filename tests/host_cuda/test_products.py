@@ -1,4 +1,4 @@
-"""A product of fragments on the CPU is that of the matrices that the PTX ISA says the fragments are of."""
+"""Products of fragments on the CPU are those of the matrices that the PTX ISA says these are of; copies come late."""
 
 from pathlib import Path
 
@@ -74,6 +74,24 @@ def test_a_warp_that_is_not_whole_is_refused():
     arguments = (torch.zeros(2, 32, 4), torch.zeros(3, 32, 2), torch.zeros(6, 32, 4))
     with pytest.raises(KernelTrapError, match="an mma needs all 32 lanes of its warp"):
         run_on_host([Plan("products", "products", (1, 1, 1), (24, 1, 1), 0, arguments)])
+
+
+def run_copies(source):
+    before, after = (torch.zeros(LANES * 16, dtype=torch.uint8) for _ in range(2))
+    run_on_host([Plan("products", "copies", (1, 1, 1), (LANES, 1, 1), 0, (source, before, after))])
+    return before, after
+
+
+def test_a_copy_is_there_only_once_it_was_waited_for():
+    source = draw(0, 256, (LANES * 16,), torch.uint8)
+    before, after = run_copies(source)
+    assert (before == 0xA5).all()
+    assert torch.equal(after, source)
+
+
+def test_a_copy_from_between_two_places_is_refused():
+    with pytest.raises(KernelTrapError, match="addresses aligned"):
+        run_copies(torch.zeros(LANES * 16 + 4, dtype=torch.uint8)[4:])
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80"])

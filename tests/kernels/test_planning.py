@@ -170,6 +170,19 @@ def test_factored_scratch_is_bounded_and_every_output_is_written_once(problem, t
     assert (cover(steps, problem) == 1).all()
 
 
+def test_parts_of_one_size_are_weighed_once(monkeypatch):
+    weighed = []
+
+    def best(kernels, part, target):
+        weighed.append(part)
+        return 1.0, (64, 64, 8, 8, 1)
+
+    monkeypatch.setattr("approxconv.kernels.factored._Kernels.best", best)
+    steps = factored(gemm(8192, 32_000, 4096), 64, op="factored_gemm")
+    assert len(steps.steps) > 100
+    assert len(weighed) < 10
+
+
 def test_a_weight_too_long_for_the_scratch_is_packed_alone():
     steps = factored(gemm(8, 3, 2_000_000), 64, op="factored_gemm")
     assert [step.kernel for step in steps.steps[::2]] == ["factored_gemm_pack"] * 3

@@ -13,6 +13,7 @@
 //                                 array: build.py makes each declaration a DYNAMIC_SHARED
 //   global memory, __constant__   memory
 //   atomics                       relaxed atomics
+//   cp.async                      copy_async, which leaves POISON there until wait_for_copies
 //   __trap, a failed assert       an exception that ends the launch
 //
 // __CUDA_ARCH__ is not defined: code for one architecture, a whole kernel or a part, belongs in an #if of it. There is
@@ -198,8 +199,16 @@ struct Geometry {
     unsigned grid[3], block[3], shared;
 };
 
+// An asynchronous copy.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
 static thread_local Warp* warp;
 static thread_local unsigned lane;
+static thread_local std::vector<Copy> copies;  // that have not been waited for
 static Barrier block_barrier;
 
 inline std::string text(uint3 v) {
@@ -279,6 +288,7 @@ private:
         } catch (const Trap& what) {
             fail("block " + text(blockIdx) + ", thread " + text(threadIdx) + ": " + what.message);
         }
+        copies.clear();
         block_barrier.leave();
         warp->leave(lane);
     }
@@ -437,6 +447,20 @@ void mma_m16n8k32(int (&c)[ROWS][COLUMNS][4], const unsigned (&a)[ROWS][4], cons
                                                        of[column].b[j][depth / 4], c[i][j][at], 4);
                 }
     meet(~0u, 0);  // the others have read what is mine
+}
+
+// cp.async: until it is waited for nobody knows what is there.
+template <size_t BYTES>
+void copy_async(void* to, const void* from) {
+    if ((uintptr_t(to) | uintptr_t(from)) % BYTES) throw Trap{"a cp.async needs addresses aligned to its size"};
+    memset(to, POISON, BYTES);
+    copies.push_back({to, from, BYTES});
+}
+
+// cp.async.wait_all
+inline void wait_for_copies() {
+    for (const Copy& copy : copies) memcpy(copy.to, copy.from, copy.bytes);
+    copies.clear();
 }
 
 }  // namespace cuda_on_host
