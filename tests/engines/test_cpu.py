@@ -283,6 +283,7 @@ CONVOLUTIONS = {  # batch, channels, size, filters, kernel, stride, padding, dil
     "padded_pixels_beyond_the_input": (5, 35, (3, 7), 32, (3, 3), (1, 1), (4, 9), (1, 2), 1),
     "pointwise_strided": (2, 16, (29, 40), 32, (1, 1), (2, 1), (0, 0), (1, 1), 1),
     "pointwise_padded": (3, 20, (13, 12), 40, (1, 1), (1, 1), (1, 2), (1, 1), 1),
+    "pointwise_with_as_many_outputs": (1, 5, (3, 4), 6, (1, 1), (2, 3), (2, 2), (1, 1), 1),
     "blocks_within_a_row": (1, 16, (2, MAX_ROWS + 200), 4, (2, 3), (1, 2), (1, 1), (1, 2), 1),
     "images_across_blocks": (600, 2, (3, 3), 2, (3, 3), (1, 1), (1, 1), (1, 1), 1),
 }

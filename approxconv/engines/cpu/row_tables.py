@@ -507,7 +507,8 @@ def lut_conv2d(
     geometry = (*stride, *padding, *dilation)
     out_h, out_w = conv_output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     y = torch.empty(x.shape[0], w.shape[0], out_h, out_w, dtype=torch.int32)
-    if out_h * out_w == x.shape[2] * x.shape[3] and w.shape[2:] == (1, 1) and x.stride(2) == x.shape[3] * x.stride(3):
+    pointwise = w.shape[2:] == (1, 1) and geometry[:4] == (1, 1, 0, 0)
+    if pointwise and x.stride(2) == x.shape[3] * x.stride(3):
         x, out_h, out_w = x.flatten(2).unsqueeze(2), 1, out_h * out_w  # one long row: short ones are packed slowly
     lane = out_h * out_w
     _product_sum(
