@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .work import Work
 
-ENGINES = ("reference", "cpu", "factored", "truncated", "cuda", "host_cuda", "host_factored")
+ENGINES = ("reference", "cpu", "factored", "residual", "truncated", "cuda", "host_cuda", "host_factored")
 _KERNEL_ENGINES = ("cuda", "host_cuda")
 _DEVICE_ENGINE = {"cpu": "cpu", "cuda": "cuda"}
 _override: ContextVar[str] = ContextVar("approxconv_engine", default="auto")
