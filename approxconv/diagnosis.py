@@ -400,6 +400,8 @@ def _engines() -> tuple[bool, str, str]:
             auto = "none"
         if auto in ("cpu", "cuda") and "factored" in engines:
             auto += ", or factored for a table of low rank"
+        if auto.startswith("cpu") and "residual" in engines:
+            auto += ", or residual for one near the exact product"
         parts.append(f"{device.type.upper()} tensors: {', '.join(engines)} (auto: {auto})")
         for name, error in broken.items():
             if name in _ON_HOST and isinstance(error, RuntimeError):
@@ -492,6 +494,9 @@ def _wrong(source: str, engine: str, device: torch.device) -> str | None:
         if engine in _OF_LOW_RANK:
             f, g = (torch.randint(-128, 128, (side, 2), generator=generator) for side in table.shape)
             table = (f @ g.T).int()
+        elif engine == "residual":
+            a, w = (torch.arange(side) - side // 2 for side in table.shape)  # the products of signed operands, by code
+            table = (torch.outer(a.roll(len(a) // 2), w.roll(len(w) // 2)) + table % 256).int()
         expected = case.run(reference, x, w, table)
         got = case.run(_Ops(engine), x.to(device), w.view(torch.int8).to(device), table.to(device)).cpu()
         if got.shape != expected.shape or got.dtype != expected.dtype:

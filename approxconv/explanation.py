@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ._display import Shown, html_table, titled
-from .engines import choose, cost, factored, requested
+from .engines import choose, requested
+from .engines.choice import Candidate as Weighed
+from .engines.choice import predict, weigh
 from .engines.work import Work, last_seconds, record
 from .geometry import pair
 from .multiplier import Multiplier
@@ -137,14 +139,13 @@ def explain(
     work, on_gpu = call.work, call.table.is_cuda
     asked = requested(engine or getattr(target, "engine", "auto"))
     name, _ = choose(asked, call.table, work)
-    verdict = None if asked != "auto" or work.is_small else factored.weigh(work, call.table)
-    others = ("cuda" if on_gpu else "cpu", "factored") if verdict and verdict.products else ()
-    candidates = tuple(dict.fromkeys((name, *others)))
+    choice = None if asked != "auto" or work.is_small else weigh(work, call.table)
+    candidates = choice.candidates if choice is not None else (predict(name, work, call.table),)
     if measure:
         for candidate in candidates:
-            record(candidate, work, call.seconds(candidate))
-    if verdict is not None:
-        reason = verdict.why
+            record(candidate.engine, work, call.seconds(candidate.engine))
+    if choice is not None:
+        reason = choice.why
     elif asked == "auto":
         reason = "too few multiplications for it to be worth learning whether the table has few terms"
     else:
@@ -152,7 +153,7 @@ def explain(
     return Explanation(
         name,
         reason,
-        tuple(_candidate(candidate, work, verdict.products if verdict else 0, on_gpu) for candidate in candidates),
+        tuple(_with_speeds(candidate, work) for candidate in candidates),
         work.macs,
         None if on_gpu else torch.get_num_threads(),
     )
@@ -216,8 +217,6 @@ def _call(
     return _Call(shape, filters, tuple(target.backward_args().values()), multiplier.on(device or "cpu"))
 
 
-def _candidate(engine: str, work: Work, products: int, on_gpu: bool) -> Candidate:
-    known = not on_gpu and (engine == "cpu" or (engine == "factored" and products))
-    predicted = cost.seconds(engine, work, products) if known else None
-    speeds = (seconds and work.macs / seconds / 1e9 for seconds in (predicted, last_seconds(engine, work)))
-    return Candidate(engine, products if engine == "factored" else 0, *speeds)
+def _with_speeds(weighed: Weighed, work: Work) -> Candidate:
+    times = weighed.seconds, last_seconds(weighed.engine, work)
+    return Candidate(weighed.engine, weighed.products, *(time and work.macs / time / 1e9 for time in times))

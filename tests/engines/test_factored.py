@@ -13,7 +13,7 @@ from approxconv.operators import Conv2dArgs
 GEOMETRY = (2, 1), (1, 2), (1, 2)
 LOW_RANK = ("exact_8u", "exact_8s", "drum4_8s", "kulkarni_8u", "trunc4_8u_8s", "bam_h0_v6_8u", "roba_8s", "drum3_5u_5s")
 # With which a product costs a tenth of a lookup, and expanding a code or a weight nothing.
-RATES = Rates(0.0, 1e-9, 0.0, 1e-9, 1e-10, 0.0, 0.0, 0.0, 1e-9, 0.0, 1e-10, 0.0, 0.0)
+RATES = Rates(0.0, 1e-9, 0.0, 1e-9, 1e-10, 0.0, 0.0, 0.0, 1e-9, 0.0, 1e-10, 0.0, 0.0, 5e-10, 0.0)
 
 
 def codes(*shape, seed=0):
