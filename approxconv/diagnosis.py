@@ -24,6 +24,7 @@ import torch
 from ._display import Shown, html_table, titled
 from ._version import __version__
 from .engines import ENGINES, EngineError, reference, select
+from .multiplier import operand_values
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 6)
 _WIDTH = 110
@@ -495,8 +496,8 @@ def _wrong(source: str, engine: str, device: torch.device) -> str | None:
             f, g = (torch.randint(-128, 128, (side, 2), generator=generator) for side in table.shape)
             table = (f @ g.T).int()
         elif engine == "residual":
-            a, w = (torch.arange(side) - side // 2 for side in table.shape)  # the products of signed operands, by code
-            table = (torch.outer(a.roll(len(a) // 2), w.roll(len(w) // 2)) + table % 256).int()
+            a_values, w_values = (torch.from_numpy(operand_values(side.bit_length() - 1, True)) for side in table.shape)
+            table = (torch.outer(a_values, w_values) + table % 256 - 128).int()
         expected = case.run(reference, x, w, table)
         got = case.run(_Ops(engine), x.to(device), w.view(torch.int8).to(device), table.to(device)).cpu()
         if got.shape != expected.shape or got.dtype != expected.dtype:

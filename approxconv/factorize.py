@@ -311,30 +311,25 @@ def factorize_table(table: Tensor) -> Factorization | None:
     # The product changes the rank by 1 at most, so that a random table is told from its corner.
     if find_pivots(sample, PRIMES[0], MOST_TERMS + 1) is None:
         return None
-    (a_signed, w_signed), _ = nearest_reading(entries)
+    errors = errors_by_signs(entries)
+    a_signed, w_signed = min(errors, key=lambda signs: np.abs(errors[signs]).sum())
     return factorize(Multiplier(table.cpu(), a_signed=a_signed, w_signed=w_signed))
 
 
-def nearest_reading(entries: np.ndarray) -> tuple[tuple[bool, bool], np.ndarray]:
-    """The operands' signedness by which a table is nearest to the exact product, and what it is beside that.
+def errors_by_signs(entries: np.ndarray) -> dict[tuple[bool, bool], np.ndarray]:
+    """``entries - a·w`` by code, in every reading of the codes: by the activations' and the weights' signedness.
 
     Parameters
     ----------
     entries : ndarray
         int64, ``(2**a_bits, 2**w_bits)``.
-
-    Returns
-    -------
-    tuple of bool
-        Whether activation and weight codes are signed.
-    ndarray
-        ``entries - a·w`` by code, of the least ``Σ|entries - a·w|``.
     """
+    bits = [side.bit_length() - 1 for side in entries.shape]
     errors = {}
     for signs in itertools.product((False, True), repeat=2):
-        values = (operand_values(n.bit_length() - 1, signed) for n, signed in zip(entries.shape, signs, strict=True))
+        values = (operand_values(n, signed) for n, signed in zip(bits, signs, strict=True))
         errors[signs] = entries - np.multiply.outer(*values)
-    return min(errors.items(), key=lambda each: np.abs(each[1]).sum())
+    return errors
 
 
 @once_per_version

@@ -64,9 +64,9 @@ class Rates:
 def seconds(engine: str, work: Work, products: int = 0, narrow: bool = False) -> float:
     """How long a CPU engine should take with torch's present threads.
 
-    ``"cpu"``, where the entries may be `narrow`, that is of 8 bits; ``"factored"`` with so many products; ``"residual"``
-    with so many for the exact product. The first call on a machine, with a number of threads, measures for about half a
-    second.
+    ``"cpu"``, where the entries may be `narrow`, that is of 8 bits; ``"factored"`` with so many products, or
+    ``"residual"`` with so many for the exact product. The first call on a machine, with a number of threads, measures
+    for about half a second.
     """
     rates = measured_rates()
     weights, outputs = work.groups * work.lanes * work.depth, work.groups * work.lanes * work.rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._versioned import once_per_version
-from ..factorize import Factorization, nearest_reading
+from ..factorize import Factorization, errors_by_signs
 from ..multiplier import BYTE_SPAN, PreparedTable, prepare_bytes
 from . import EngineError
 from .byte_form import ByteForm, byte_form
@@ -33,13 +33,15 @@ class Split:
     rows: PreparedTable
 
 
+def _nearest(table: Tensor) -> tuple[tuple[bool, bool], np.ndarray]:
+    """The operands' signedness in which ``table - a·w`` spans least, and that."""
+    return min(errors_by_signs(table.numpy().astype(np.int64)).items(), key=lambda each: np.ptp(each[1]))
+
+
 @once_per_version
 def known_split(table: Tensor) -> Split | None:
-    """The exact product and the rest of a table on the CPU; None if that spans more than 255.
-
-    The exact product is in the reading of the operands, signed or unsigned, that is nearest to the table.
-    """
-    signs, residual = nearest_reading(table.numpy().astype(np.int64))
+    """The exact product and the rest of a table on the CPU; None if the rest spans more than 255."""
+    signs, residual = _nearest(table)
     low = int(residual.min())
     if int(residual.max()) - low > BYTE_SPAN:
         return None
@@ -47,6 +49,7 @@ def known_split(table: Tensor) -> Split | None:
         nothing = (torch.zeros(0, side, dtype=torch.int8) for side in table.shape)
         form = byte_form(Factorization(1, *nothing, *signs))
         rows = prepare_bytes(torch.from_numpy((residual - low).astype(np.int32)))
+        # The rest's lowest entry is part of every product: int32 for any table, modulo 2^32 as all sums are.
         return Split(replace(form, by_column=form.by_column + low), rows)
 
 
@@ -54,10 +57,10 @@ def split_of(table: Tensor) -> Split:
     """`known_split`, or an EngineError if there is none."""
     split = known_split(table)
     if split is None:
-        _, residual = nearest_reading(table.numpy().astype(np.int64))
+        _, residual = _nearest(table)
         raise EngineError(
-            "engine 'residual' cannot compute with this table: what it is beside the exact product spans "
-            f"{int(np.ptp(residual))}, from {residual.min()} to {residual.max()}, and {BYTE_SPAN} is the most; "
+            "engine 'residual' cannot compute with this table: beside the exact product its entries go from "
+            f"{residual.min()} to {residual.max()}, which is {np.ptp(residual)} and must be {BYTE_SPAN} at most; "
             "engine 'auto' finds another way"
         )
     return split
@@ -102,7 +105,7 @@ def lut_dwconv2d(
     pad_code: int,
 ) -> Tensor:
     """Row tables of the whole entries: a channel has too few products for two ways to pay."""
-    from . import cpu
+    from .cpu import depthwise
 
     split_of(table)
-    return cpu.lut_dwconv2d(x, w, table, stride, padding, dilation, pad_code)
+    return depthwise.lut_dwconv2d(x, w, table, stride, padding, dilation, pad_code)

@@ -127,7 +127,9 @@ def _add_rows(steps: int) -> Any:
                 word_type = ir.VectorType(ir.IntType(16), TILE)
                 words_at = builder.gep(data_of(context, builder, sig.args[1], words_value), [at_value])
                 rows = [builder.bitcast(row, word_type) for row in rows]
-                for half, some in enumerate((rows, [builder.lshr(row, ir.Constant(word_type, [8] * TILE)) for row in rows])):
+                for half, some in enumerate(
+                    (rows, [builder.lshr(row, ir.Constant(word_type, [8] * TILE)) for row in rows])
+                ):
                     sums_at = vector_at(builder, builder.gep(words_at, [i64(half * TILE)]), word_type)
                     sums = builder.load(sums_at, align=ALIGNMENT)
                     for row in some:
@@ -459,7 +461,9 @@ def _split(total: int, groups: int, lanes: int, tile: int, workers: int, most_ro
                 continue
             rows = -(-total // blocks)
             rounds = -(-blocks * group_parts * lane_parts // workers) * -(-groups // group_parts)
-            found.append((rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts), tile)), blocks, group_parts, lane_parts))
+            found.append(
+                (rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts), tile)), blocks, group_parts, lane_parts)
+            )
     return min(found)[1:]
 
 
@@ -526,9 +530,7 @@ def add_matmul(y: Tensor, x: Tensor, w: Tensor, tables: Callable[[int], Prepared
         _matmul(x_part, w_part, tables, y_part, accumulate)
 
 
-def _matmul(
-    x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], out: Tensor, accumulate: bool
-) -> None:
+def _matmul(x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], out: Tensor, accumulate: bool) -> None:
     """``(G, M, K)`` by ``(G, N, K)``, any strides, into a contiguous ``(G, M, N)``."""
     _, rows, columns = out.shape
 
