@@ -24,6 +24,7 @@ import torch
 from ._display import Shown, html_table, titled
 from ._version import __version__
 from .engines import ENGINES, EngineError, reference, select
+from .multiplier import operand_values
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 6)
 _WIDTH = 110
@@ -400,6 +401,8 @@ def _engines() -> tuple[bool, str, str]:
             auto = "none"
         if auto in ("cpu", "cuda") and "factored" in engines:
             auto += ", or factored for a table of low rank"
+        if auto.startswith("cpu") and "residual" in engines:
+            auto += ", or residual for one near the exact product"
         parts.append(f"{device.type.upper()} tensors: {', '.join(engines)} (auto: {auto})")
         for name, error in broken.items():
             if name in _ON_HOST and isinstance(error, RuntimeError):
@@ -492,6 +495,9 @@ def _wrong(source: str, engine: str, device: torch.device) -> str | None:
         if engine in _OF_LOW_RANK:
             f, g = (torch.randint(-128, 128, (side, 2), generator=generator) for side in table.shape)
             table = (f @ g.T).int()
+        elif engine == "residual":
+            a_values, w_values = (torch.from_numpy(operand_values(side.bit_length() - 1, True)) for side in table.shape)
+            table = (torch.outer(a_values, w_values) + table % 256 - 128).int()
         expected = case.run(reference, x, w, table)
         got = case.run(_Ops(engine), x.to(device), w.view(torch.int8).to(device), table.to(device)).cpu()
         if got.shape != expected.shape or got.dtype != expected.dtype:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ._display import Shown, html_table, titled
-from .engines import choose, cost, factored, requested
+from .engines import choose, requested
+from .engines.choice import Candidate as Weighed
+from .engines.choice import predict, weigh
+from .engines.factored import form_of
 from .engines.truncated import TruncatedEngine
 from .engines.work import Work, last_seconds, record
 from .geometry import pair
@@ -140,15 +143,15 @@ def explain(
     work, on_gpu = call.work, call.table.is_cuda
     asked = requested(getattr(target, "engine", "auto") if engine is None else engine)
     name, run = choose(asked, call.table, work)
-    verdict = None if asked != "auto" or work.is_small else factored.weigh(work, call.table)
-    products = factored.form_of(call.table).products if asked == "factored" else verdict.products if verdict else 0
-    others = ("cuda" if on_gpu else "cpu", "factored") if verdict and products else ()
-    candidates = tuple(dict.fromkeys((name, *others)))
+    if asked == "factored":
+        form_of(call.table)  # or an EngineError, as the call would raise
+    choice = None if asked != "auto" or work.is_small else weigh(work, call.table)
+    candidates = choice.candidates if choice is not None else (predict(name, work, call.table),)
     if measure:
         for candidate in candidates:
-            record(candidate, work, call.seconds(candidate))
-    if verdict is not None:
-        reason = verdict.why
+            record(candidate.engine, work, call.seconds(candidate.engine))
+    if choice is not None:
+        reason = choice.why
     elif asked == "auto":
         reason = "too few multiplications for it to be worth learning whether the table has few terms"
     elif isinstance(run, TruncatedEngine):
@@ -158,7 +161,7 @@ def explain(
     return Explanation(
         name,
         reason,
-        tuple(_candidate(candidate, work, products, on_gpu) for candidate in candidates),
+        tuple(_with_speeds(candidate, work) for candidate in candidates),
         work.macs,
         None if on_gpu else torch.get_num_threads(),
     )
@@ -229,8 +232,6 @@ def _call(
     return _Call(shape, filters, tuple(target.backward_args().values()), multiplier.on(device or "cpu"))
 
 
-def _candidate(engine: str, work: Work, products: int, on_gpu: bool) -> Candidate:
-    known = not on_gpu and (engine == "cpu" or (engine == "factored" and products))
-    predicted = cost.seconds(engine, work, products) if known else None
-    speeds = (seconds and work.macs / seconds / 1e9 for seconds in (predicted, last_seconds(engine, work)))
-    return Candidate(engine, products if engine == "factored" else 0, *speeds)
+def _with_speeds(weighed: Weighed, work: Work) -> Candidate:
+    times = weighed.seconds, last_seconds(weighed.engine, work)
+    return Candidate(weighed.engine, weighed.products, *(time and work.macs / time / 1e9 for time in times))

@@ -203,11 +203,23 @@ def factorize_table(table: Tensor) -> Factorization | None:
     # The product changes the rank by 1 at most, so that a random table is told from its corner.
     if find_pivots(sample, PRIMES[0], MOST_TERMS + 1) is None:
         return None
-    errors = {}
-    for signs in itertools.product((False, True), repeat=2):
-        errors[signs] = np.abs(entries - np.multiply.outer(*table_values(entries.shape, signs))).sum()
-    a_signed, w_signed = min(errors, key=lambda signs: errors[signs])
+    errors = errors_by_signs(entries)
+    a_signed, w_signed = min(errors, key=lambda signs: np.abs(errors[signs]).sum())
     return factorize(Multiplier(table.cpu(), a_signed=a_signed, w_signed=w_signed))
+
+
+def errors_by_signs(entries: np.ndarray) -> dict[tuple[bool, bool], np.ndarray]:
+    """``entries - a·w`` by code, in every reading of the codes: by the activations' and the weights' signedness.
+
+    Parameters
+    ----------
+    entries : ndarray
+        int64, ``(2**a_bits, 2**w_bits)``.
+    """
+    return {
+        signs: entries - np.multiply.outer(*table_values(entries.shape, signs))
+        for signs in itertools.product((False, True), repeat=2)
+    }
 
 
 @once_per_version

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MIN_BITS, MAX_BITS = 2, 8
 MAX_FUNCTION_BITS = 16  # of a multiplier that is a function, not a table
 _INT16_SPAN = 2**16 - 1
+BYTE_SPAN = 2**8 - 1
 
 
 def operand_values(bits: int, signed: bool) -> np.ndarray:
@@ -81,8 +82,8 @@ class PreparedTable:
     offset : int
         ``rows`` holds ``table - offset``; 0 wherever the entries fit int16 as they are.
     rows : Tensor
-        ``(256, 256)``, int16 if ``high - low`` fits 16 bits, else int32. Narrower tables are repeated over the unused
-        high bits of a code, so that any byte is a valid index and only its low bits count.
+        ``(256, 256)``, int16 if ``high - low`` fits 16 bits, else int32; uint8 of `prepare_bytes`. Narrower tables are
+        repeated over the unused high bits of a code, so that any byte is a valid index and only its low bits count.
     """
 
     low: int
@@ -99,8 +100,8 @@ class PreparedTable:
 
     @property
     def entry(self) -> str:
-        """``"int16"`` or ``"int32"``: the type of ``rows``."""
-        return "int16" if self.rows.dtype == torch.int16 else "int32"
+        """``"int16"``, ``"int32"`` or ``"uint8"``: the type of ``rows``."""
+        return str(self.rows.dtype).removeprefix("torch.")
 
     @property
     def magnitude(self) -> int:
@@ -145,6 +146,22 @@ def prepare(table: Tensor) -> PreparedTable:
         _ = known.columns
         torch.cuda.current_stream(table.device).synchronize()
     return known
+
+
+@once_per_version
+def prepare_bytes(table: Tensor) -> PreparedTable | None:
+    """`prepare` a table on the CPU as uint8 ``table - low``, once per version; None if its entries span more than 255.
+
+    Parameters
+    ----------
+    table : Tensor
+        int32, ``(2**a_bits, 2**w_bits)``.
+    """
+    low, high = int(table.numpy().min()), int(table.numpy().max())
+    if high - low > BYTE_SPAN:
+        return None
+    entries = np.tile((table.numpy() - low).astype(np.uint8), tuple(256 // side for side in table.shape))
+    return PreparedTable(low, high, low, torch.from_numpy(np.ascontiguousarray(entries)))
 
 
 def _as_table(table: Any) -> Tensor:

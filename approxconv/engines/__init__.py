@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .work import Work
 
-ENGINES = ("reference", "cpu", "factored", "truncated", "cuda", "host_cuda", "host_factored")
+ENGINES = ("reference", "cpu", "factored", "residual", "truncated", "cuda", "host_cuda", "host_factored")
 _KERNEL_ENGINES = ("cuda", "host_cuda")
 _DEVICE_ENGINE = {"cpu": "cpu", "cuda": "cuda"}
 _override: ContextVar[str] = ContextVar("approxconv_engine", default="auto")
@@ -55,7 +55,8 @@ def use_engine(name: str, *, rank: int | None = None) -> Iterator[None]:
     ----------
     name : str
         ``"reference"`` (gather and sum, any device), ``"cpu"`` (row tables in Numba), ``"factored"`` (products of 8-bit
-        integers, for tables of low rank), ``"cuda"``, ``"host_cuda"`` and ``"host_factored"`` (the CUDA kernels on the
+        integers, for tables of low rank), ``"residual"`` (the exact product, and row tables of 8 bits for what a table
+        lacks of it), ``"cuda"``, ``"host_cuda"`` and ``"host_factored"`` (the CUDA kernels on the
         CPU, slowly), ``"truncated"`` (**approximate**: the table's best approximation of a rank) or ``"auto"``, which
         chooses the fastest exact one. ``"cuda:KERNEL"`` and ``"host_cuda:KERNEL"`` use the kernel source ``KERNEL.cu``
         for those operators whose kernels it defines.
@@ -127,8 +128,8 @@ def choose(name: str, table: Tensor, work: Work) -> tuple[str, Any]:
     if table.device.type not in _DEVICE_ENGINE:
         return "reference", engine
     if not work.is_small:
-        from . import factored
+        from .choice import weigh
 
-        if factored.weigh(work, table).is_faster:
-            return "factored", factored
+        fastest = weigh(work, table).engine
+        return fastest, select(fastest, table.device)
     return _DEVICE_ENGINE[table.device.type], engine

@@ -51,6 +51,8 @@ class Rates:
         Of a depthwise convolution by row tables: a product; a weight's table.
     depthwise_product, depthwise_pack, depthwise_output : float
         Of a depthwise convolution in the factored engine.
+    byte_lookup, byte_table : float
+        By row tables of 8-bit entries: a product; the products of one weight with all codes. Of all lanes of a row.
     """
 
     call: float
@@ -66,12 +68,16 @@ class Rates:
     depthwise_product: float
     depthwise_pack: float
     depthwise_output: float
+    byte_lookup: float
+    byte_table: float
 
 
-def seconds(engine: str, work: Work, products: int = 0) -> float:
-    """How long engine ``"cpu"``, or ``"factored"`` with so many products, should take with torch's present threads.
+def seconds(engine: str, work: Work, products: int = 0, narrow: bool = False) -> float:
+    """How long a CPU engine should take with torch's present threads.
 
-    The first call on a machine, with a number of threads, measures for about half a second.
+    ``"cpu"``, where the entries may be `narrow`, that is of 8 bits; ``"factored"`` with so many products, or
+    ``"residual"`` with so many for the exact product. The first call on a machine, with a number of threads, measures
+    for about half a second.
     """
     rates = measured_rates()
     weights, outputs = work.groups * work.lanes * work.depth, work.groups * work.lanes * work.rows
@@ -80,13 +86,20 @@ def seconds(engine: str, work: Work, products: int = 0) -> float:
             each = work.macs * rates.depthwise_product + weights * rates.depthwise_pack
             return rates.call + products * each + outputs * rates.depthwise_output
         return rates.call + work.macs * rates.depthwise_lookup + weights * rates.depthwise_table
+    each = work.macs * rates.product + work.inputs * rates.feature + weights * rates.pack
+    multiplied = products * each + outputs * rates.output
     if engine == "factored":
-        each = work.macs * rates.product + work.inputs * rates.feature + weights * rates.pack
-        return rates.call + products * each + outputs * rates.output
-    from .cpu.row_tables import MAX_ROWS
+        return rates.call + multiplied
+    from .cpu.row_tables import BYTE_TILE, MAX_ROWS, TILE
 
-    blocks = -(-work.rows // MAX_ROWS)
-    return rates.call + min(work.macs * rates.lookup + blocks * weights * rates.table, work.macs * rates.gather)
+    blocks, gathered = -(-work.rows // MAX_ROWS), work.macs * rates.gather
+    looked_up = min(work.macs * rates.lookup + blocks * weights * rates.table, gathered)
+    # A row is added whole.
+    padded = -(-work.lanes // BYTE_TILE) * BYTE_TILE * work.groups * work.depth
+    in_bytes = min(padded * (work.rows * rates.byte_lookup + blocks * rates.byte_table), gathered)
+    if engine == "residual":
+        return rates.call + multiplied + in_bytes
+    return rates.call + (in_bytes if narrow and work.lanes > TILE else looked_up)
 
 
 def measured_rates() -> Rates:
@@ -136,7 +149,7 @@ def _measure() -> Rates:
         u, v = codes(products, CODES), codes(products, CODES).view(torch.int8)
         return ByteForm(u, v, None, torch.zeros(CODES, dtype=torch.int32))
 
-    def product(m: int, n: int, k: int, products: int = 0) -> Callable[[], object]:
+    def product(m: int, n: int, k: int, products: int = 0, table: torch.Tensor = table) -> Callable[[], object]:
         x, w = codes(m, k), codes(n, k)
         if products:
             return lambda: dot_products.lut_matmul(x, w, form(products))
@@ -153,9 +166,9 @@ def _measure() -> Rates:
     dots = [(1024, 256, 1024, 1), (1024, 256, 1024, 3), (2048, 64, 128, 1), (2048, 16, 512, 2), (64, 512, 512, 2)]
     planes = [(8, 128, 28), (16, 512, 7)]
     dotted = [(*plane, products) for plane in planes for products in (1, 4)]
-    calls = [product(*shape) for shape in (least, few, *dense, *dots)] + [
-        depthwise(*shape) for shape in (*planes, *dotted)
-    ]
+    calls = [product(*shape) for shape in (least, few, *dense, *dots)]
+    calls += [depthwise(*shape) for shape in (*planes, *dotted)]
+    calls += [product(*shape, table=table & 255) for shape in dense]
     of_call, *times = _fastest(calls)
     times = iter([max(seconds - of_call, seconds / 9) for seconds in times])
     gather = next(times) / math.prod(few)
@@ -163,7 +176,8 @@ def _measure() -> Rates:
     of_dots = _solve([(p * m * n * k, p * m * k, p * n * k, m * n) for m, n, k, p in dots], times)
     of_planes = _solve([(b * c * s * s * 9, c * 9) for b, c, s in planes], times)
     of_dotted = _solve([(p * b * c * s * s * 9, p * c * 9, b * c * s * s) for b, c, s, p in dotted], times)
-    return Rates(of_call, *of_tables, gather, *of_dots, *of_planes, *of_dotted)
+    of_bytes = _solve([(m * n * k, n * k) for m, n, k in dense], times)
+    return Rates(of_call, *of_tables, gather, *of_dots, *of_planes, *of_dotted, *of_bytes)
 
 
 def _fastest(calls: Sequence[Callable[[], object]]) -> list[float]:

@@ -8,8 +8,7 @@ limited by memory there already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 
 from .._versioned import once_per_version
 from ..factorize import MOST_TERMS, factorize_table
-from ..multiplier import prepare
-from . import EngineError, cost
+from . import EngineError
 from .byte_form import ByteForm, byte_form
-from .work import Work
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -36,6 +33,11 @@ def unavailable(device: torch.device) -> str | None:
 def _known(table: Tensor) -> dict[str, ByteForm | None]:
     """What `known_form` found for this version of a table."""
     return {}
+
+
+def has_form(table: Tensor) -> bool:
+    """Whether `known_form` answers without reading the table."""
+    return "form" in _known(table)
 
 
 def known_form(table: Tensor) -> ByteForm | None:
@@ -57,54 +59,6 @@ def _on(form: ByteForm, device: torch.device) -> ByteForm:
     form = replace(form, u=form.u.to(device), v=form.v.to(device), by_row=by_row, by_column=form.by_column.to(device))
     torch.cuda.current_stream(device).synchronize()  # whole before another stream sees it
     return form
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether this engine should be faster than the device's row tables, and in words why; exact either way."""
-
-    is_faster: bool
-    why: str
-    products: int = 0
-
-
-_NO_VERSION = Verdict(False, "the table is an inference tensor, which would be factorised anew on every call")
-_CAPTURING = Verdict(False, "the table cannot be read while a CUDA graph is recorded")
-_HIGH_RANK = Verdict(False, f"the table has no factorisation of at most {MOST_TERMS} terms")
-_IN_MEMORY = Verdict(False, "row tables of a depthwise convolution are limited by a GPU's memory already")
-
-
-def weigh(work: Work, table: Tensor) -> Verdict:
-    """Compare with the device's row tables."""
-    on_gpu = table.device.type == "cuda"
-    if table.is_inference():
-        return _NO_VERSION
-    if on_gpu and work.operator == "lut_dwconv2d":
-        return _IN_MEMORY
-    if on_gpu and (reason := unavailable(table.device)) is not None:
-        return Verdict(False, f"products of 8-bit integers cannot run here: {reason}")
-    if on_gpu and "form" not in _known(table) and torch.cuda.is_current_stream_capturing():
-        return _CAPTURING
-    form = known_form(table)
-    if form is None:
-        return _HIGH_RANK
-    if on_gpu:
-        from ..kernels.factored import cuda_engine
-
-        entry = prepare(table).entry
-        looked_up, multiplied = cuda_engine().clocks(work, form, entry, table.device)
-        return _verdict(multiplied < looked_up, form.products)
-    return _verdict(cost.seconds("factored", work, form.products) < cost.seconds("cpu", work), form.products)
-
-
-@cache
-def _verdict(is_faster: bool, products: int) -> Verdict:
-    gemms = "product" if products == 1 else "products"
-    return Verdict(
-        is_faster,
-        f"{products} {gemms} of 8-bit integers should take {'less' if is_faster else 'more'} than row tables",
-        products,
-    )
 
 
 def form_of(table: Tensor) -> ByteForm:

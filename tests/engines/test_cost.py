@@ -13,7 +13,7 @@ from approxconv.engines.work import Work, last_seconds, record
 RATES = Rates(
     call=1e-4, lookup=1e-10, table=2e-7, gather=1e-9, product=1e-11, feature=1e-10, pack=1e-9, output=1e-8,
     depthwise_lookup=3e-10, depthwise_table=1e-8, depthwise_product=2e-11, depthwise_pack=1e-10,
-    depthwise_output=1e-9,
+    depthwise_output=1e-9, byte_lookup=5e-11, byte_table=1e-7,
 )  # fmt: skip
 
 

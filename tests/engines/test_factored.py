@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from approxconv import EngineError, explain, get_multiplier, use_engine
-from approxconv.engines import choose, cost, factored, host_cuda, reference
+from approxconv.engines import choice, choose, cost, factored, host_cuda, reference
 from approxconv.engines.cost import Rates
 from approxconv.engines.work import Work, last_seconds
 from approxconv.factorize import factorize_table
@@ -20,7 +20,7 @@ from approxconv.operators import Conv2dArgs
 GEOMETRY = (2, 1), (1, 2), (1, 2)
 LOW_RANK = ("exact_8u", "exact_8s", "drum4_8s", "kulkarni_8u", "trunc4_8u_8s", "bam_h0_v6_8u", "roba_8s", "drum3_5u_5s")
 # With which a product costs a tenth of a lookup, and expanding a code or a weight nothing.
-RATES = Rates(0.0, 1e-9, 0.0, 1e-9, 1e-10, 0.0, 0.0, 0.0, 1e-9, 0.0, 1e-10, 0.0, 0.0)
+RATES = Rates(0.0, 1e-9, 0.0, 1e-9, 1e-10, 0.0, 0.0, 0.0, 1e-9, 0.0, 1e-10, 0.0, 0.0, 5e-10, 0.0)
 
 
 def codes(*shape, seed=0):
@@ -153,38 +153,41 @@ class TestOnAGpu:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(factored, "known_form", lambda table: on_cpu[0])
-        monkeypatch.setattr(factored, "prepare", lambda table: on_cpu[1])
+        monkeypatch.setattr(choice, "known_form", lambda table: on_cpu[0])
+        monkeypatch.setattr(choice, "prepare", lambda table: on_cpu[1])
         engine = FactoredKernelEngine("cuda", lambda device: host_cuda.TARGET, lambda plans, device: None, lambda: None)
         monkeypatch.setattr(kernels, "cuda_engine", lambda: engine)
         return on_gpu
 
     def test_few_products_are_multiplied(self, table):
-        verdict = factored.weigh(LARGE, table)
-        assert verdict.is_faster
-        assert verdict.products == 3
+        found = choice.weigh(LARGE, table)
+        assert [(each.engine, each.products) for each in found.candidates] == [("factored", 3), ("cuda", 0)]
 
     def test_many_products_are_looked_up(self, table, monkeypatch):
-        form = factored.known_form(table)
+        form = choice.known_form(table)
         many = replace(form, u=form.u.repeat(30, 1), v=form.v.repeat(30, 1))
-        monkeypatch.setattr(factored, "known_form", lambda table: many)
-        assert not factored.weigh(Work.matmul((4096, 2304), (256, 2304)), table).is_faster
+        monkeypatch.setattr(choice, "known_form", lambda table: many)
+        assert choice.weigh(Work.matmul((4096, 2304), (256, 2304)), table).engine == "cuda"
 
     def test_depthwise_convolutions_are_looked_up(self, table):
         work = Work.conv2d((64, 96, 56, 56), (96, 1, 3, 3), (1, 1), (1, 1), (1, 1), 96, "lut_dwconv2d")
-        assert "memory" in factored.weigh(work, table).why
+        found = choice.weigh(work, table)
+        assert found.engine == "cuda"
+        assert "memory" in found.why
 
     def test_a_device_without_the_instructions_looks_up(self, table, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-        monkeypatch.setattr(factored, "known_form", None)  # nothing is factorised
-        verdict = factored.weigh(LARGE, table)
-        assert not verdict.is_faster
-        assert "sm_75 or newer, got a device" in verdict.why
+        monkeypatch.setattr(choice, "known_form", None)  # nothing is factorised
+        found = choice.weigh(LARGE, table)
+        assert found.engine == "cuda"
+        assert "sm_75 or newer, got a device" in found.why
 
     def test_nothing_is_factorised_while_a_graph_is_recorded(self, table, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        monkeypatch.setattr(factored, "known_form", None)
-        assert "graph" in factored.weigh(LARGE, table).why
+        monkeypatch.setattr(choice, "known_form", None)
+        found = choice.weigh(LARGE, table)
+        assert found.engine == "cuda"
+        assert "graph" in found.why
 
 
 class TestExplain:

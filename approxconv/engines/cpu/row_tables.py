@@ -11,8 +11,8 @@ patch by patch. Either is done channel group by channel group, in a scratch buff
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,24 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ...geometry import conv_output_size, flat_batches
-from ...multiplier import PreparedTable, prepare
+from ...multiplier import PreparedTable, prepare, prepare_bytes
 from .packing import STEPS, ends_of, flush_tile, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
 
 TILE = 2 * LANES  # lanes of a table: 16-bit rows are one cache line each
+BYTE_TILE = 2 * TILE  # of one of 8-bit entries, whose rows are, too
 ALIGNMENT = 64
 FEW_STEPS = 4  # k's a pass where fewer than STEPS are left
+# Passes whose sums of 8-bit entries, 0 to 255, fit 16 bits: 16 passes · 16 k's · 255 = 65,280 < 2^16.
+FLUSH = (2**16 - 1) // (STEPS * 255)
 MAX_ROWS = 4096  # rows a block: their sums (512 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
 BUILD_ROWS = 800  # building one k of a row table costs about as much as adding it to this many rows
 _SCRATCH_WORKER = 4 * 2**20  # of packed codes
 _MIN_PACKED = 2**19
 _BLOCK_BYTES = 2**19 * 3  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
+_BYTE_BLOCK_BYTES = 2**19 * 5  # the same of 8-bit tables: twice the lanes, of 32 and of 16 bits
 _OFFSET_BYTES = 9  # of the offset of each k's weight, and its share of its group
 
 
@@ -51,7 +55,12 @@ _LOW, _HIGH = halves(TILE, 16)  # places in a row of 16-bit entries whose sums a
 
 
 def _lane_order(bits: int) -> list[int]:
-    """The lane at each place of a row: for 16 bits the one that lets `_add_rows` unpack within 128-bit lanes only."""
+    """The lane at each place of a row: for 16 bits the one that lets `_add_rows` unpack within 128-bit lanes only.
+
+    For 8 bits, lanes 0-31 are the low bytes of 16-bit words, and lanes 32-63 the high ones.
+    """
+    if bits == 8:
+        return [lane for word in range(BYTE_TILE // 2) for lane in (word, BYTE_TILE // 2 + word)]
     return [i for _, i in sorted((n, i) for i, n in enumerate(_LOW + _HIGH))] if bits == 16 else list(range(TILE))
 
 
@@ -84,31 +93,49 @@ def _add_neighbours(context: Any, builder: Any, pairs: Any) -> Any:
 
 
 def _add_rows(steps: int) -> Any:
-    """Intrinsic ``acc[at : at+32] += Σ_{i<steps} tables[slot + i, codes[code_at + i], :]`` on flat arrays.
+    """Intrinsic ``acc[m, :] += Σ_{i<steps} tables[slot + i, codes[code_at + i], :]`` on flat arrays.
 
     Written as LLVM vectors because Numba cannot promise that the arrays do not overlap, without which LLVM neither
     keeps the sums in a register nor drops the checks from this innermost loop. 16-bit rows are added two at a time: one
     instruction widens and adds a row's entry and the other's where they are neighbours.
+
+    8-bit rows are added to `words` instead, 16-bit words of which m has two vectors: the sums of the rows' words as
+    they are, modulo 2^16, and those of their high bytes. `_widen` tells them apart.
     """
 
     @intrinsic
-    def add_rows(_: Any, acc: Any, at: Any, tables: Any, slot: Any, codes: Any, code_at: Any) -> Any:
-        signature = types.void(acc, types.int64, tables, types.int64, codes, types.int64)
+    def add_rows(_: Any, acc: Any, words: Any, m: Any, tables: Any, slot: Any, codes: Any, code_at: Any) -> Any:
+        signature = types.void(acc, words, types.int64, tables, types.int64, codes, types.int64)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            acc_value, at_value, tables_value, slot_value, codes_value, code_value = args
-            element = element_type(context, sig.args[2])
-            row_type, sum_type = ir.VectorType(element, TILE), ir.VectorType(i32, LANES)
+            acc_value, words_value, m_value, tables_value, slot_value, codes_value, code_value = args
+            element = element_type(context, sig.args[3])
+            tile = BYTE_TILE if element.width == 8 else TILE
+            row_type, sum_type = ir.VectorType(element, tile), ir.VectorType(i32, LANES)
+            at_value = builder.mul(m_value, i64(tile))
             acc_at = builder.gep(data_of(context, builder, sig.args[0], acc_value), [at_value])
-            first_row = builder.mul(slot_value, i64(CODES * TILE))
-            tables_at = builder.gep(data_of(context, builder, sig.args[2], tables_value), [first_row])
-            code_from = builder.gep(data_of(context, builder, sig.args[4], codes_value), [code_value])
+            first_row = builder.mul(slot_value, i64(CODES * tile))
+            tables_at = builder.gep(data_of(context, builder, sig.args[3], tables_value), [first_row])
+            code_from = builder.gep(data_of(context, builder, sig.args[5], codes_value), [code_value])
             rows = []
             for i in range(steps):
                 code = builder.load(builder.gep(code_from, [i64(i)]))
-                row = builder.add(builder.mul(builder.zext(code, i64), i64(TILE)), i64(i * CODES * TILE))
+                row = builder.add(builder.mul(builder.zext(code, i64), i64(tile)), i64(i * CODES * tile))
                 rows.append(builder.load(vector_at(builder, builder.gep(tables_at, [row]), row_type), align=ALIGNMENT))
 
+            if element.width == 8:
+                word_type = ir.VectorType(ir.IntType(16), TILE)
+                words_at = builder.gep(data_of(context, builder, sig.args[1], words_value), [at_value])
+                rows = [builder.bitcast(row, word_type) for row in rows]
+                for half, some in enumerate(
+                    (rows, [builder.lshr(row, ir.Constant(word_type, [8] * TILE)) for row in rows])
+                ):
+                    sums_at = vector_at(builder, builder.gep(words_at, [i64(half * TILE)]), word_type)
+                    sums = builder.load(sums_at, align=ALIGNMENT)
+                    for row in some:
+                        sums = builder.add(sums, row)
+                    builder.store(sums, sums_at, align=ALIGNMENT)
+                return context.get_dummy_value()
             by_pairs = element.width == 16
             for half, places in enumerate((_LOW, _HIGH) if by_pairs else (range(LANES), range(LANES, TILE))):
                 sums_at = vector_at(builder, builder.gep(acc_at, [i64(half * LANES)]), sum_type)
@@ -135,15 +162,28 @@ def _add_rows(steps: int) -> Any:
 _add_steps, _add_few = _add_rows(STEPS), _add_rows(FEW_STEPS)
 
 
+@jit
+def _widen(acc, words, rows):
+    """Add the sums of 8-bit entries to those of 32 bits, and clear them: ``low = word − 2^8·high`` modulo 2^16."""
+    for m in range(rows):
+        row, sums = words[m * BYTE_TILE :][:BYTE_TILE], acc[m * BYTE_TILE :][:BYTE_TILE]
+        for j in range(TILE):
+            high = row[TILE + j]
+            sums[j] += np.int32(np.uint16(row[j] - (high << 8)))
+            sums[TILE + j] += np.int32(high)
+            row[j] = row[TILE + j] = 0
+
+
 @intrinsic
 def _build_rows(_: Any, tables: Any, at: Any, table: Any, offsets: Any, first: Any) -> Any:
-    """``tables[at + a·32 + place] = table[offsets[lane at place] + first + a]`` for as many a as 32 bytes hold."""
+    """``tables[at + a·tile + place] = table[offsets[lane at place] + first + a]`` for as many a as 32 bytes hold."""
     signature = types.void(tables, types.int64, table, offsets, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element = element_type(context, sig.args[0])
         count, places = 128 // element.width, 512 // element.width  # entries of a 128-bit lane and of a vector
         order = _lane_order(element.width)
+        tile = len(order)
         half_type, row_type = ir.VectorType(element, places // 2), ir.VectorType(element, places)
         target = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
         source = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[4]])
@@ -169,15 +209,21 @@ def _build_rows(_: Any, tables: Any, at: Any, table: Any, offsets: Any, first: A
             return rows
 
         lanes = [range(start, start + count) for start in range(0, 2 * places, count)]
-        for start in range(0, TILE, places):
+        for start in range(0, tile, places):
             for a, (left, right) in enumerate(zip(columns(start), columns(start + places // 2), strict=True)):
                 for part in (0, 1):
                     row = picked(builder, left, right, [n for lane in lanes[part::2] for n in lane])
-                    to = builder.gep(target, [i64((a + part * count) * TILE + start)])
+                    to = builder.gep(target, [i64((a + part * count) * tile + start)])
                     builder.store(row, vector_at(builder, to, row_type), align=ALIGNMENT)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@inline
+def _tile(table):
+    """Lanes of a table of such entries."""
+    return BYTE_TILE if table.itemsize == 1 else TILE
 
 
 @jit
@@ -186,11 +232,12 @@ def _build_tile(tables, slot, table, w, lane_stride, at, lanes, code_range, offs
 
     At least for the codes a in `code_range`, both ends included.
     """
-    for j in range(TILE):
+    tile = _tile(table)
+    for j in range(tile):
         offsets[j] = np.int64(w[at + (j if j < lanes else 0) * lane_stride]) * CODES
     step = 32 // table.itemsize
     for a in range(code_range[0] // step * step, code_range[1] + 1, step):
-        _build_rows(tables, (slot * CODES + a) * TILE, table, offsets, a)
+        _build_rows(tables, (slot * CODES + a) * tile, table, offsets, a)
 
 
 @jit
@@ -205,13 +252,15 @@ def build(tables, slot, table, w, lane_stride, at, lanes, offsets):
 @jit
 def _row_tables(
     out, out_rows, out_base, lane_stride_out, packed, pixels, table, w, w_base, lane_stride, groups, k_offsets, lanes,
-    code_range, bias, first, tables, acc, tile, offsets
+    code_range, bias, first, tables, acc, words, square, offsets
 ):  # fmt: skip
     rows = len(pixels)
-    for n in range(0, lanes, TILE):
-        width = min(TILE, lanes - n)
+    tile = _tile(table)
+    words[:] = 0
+    for n in range(0, lanes, tile):
+        width = min(tile, lanes - n)
         lane_base = w_base + n * lane_stride
-        acc[: rows * TILE] = bias
+        acc[: rows * tile] = bias
         for group in range(len(groups)):
             at, steps = groups[group]
             for i in range(steps):
@@ -219,17 +268,19 @@ def _row_tables(
                 _build_tile(tables, i, table, w, lane_stride, k_base, width, code_range, offsets)
             if steps == STEPS:
                 for m in range(rows):
-                    _add_steps(acc, m * TILE, tables, 0, packed, at + pixels[m])
+                    _add_steps(acc, words, m, tables, 0, packed, at + pixels[m])
             else:
                 for i in range(0, steps, FEW_STEPS):
                     for missing in range(steps, i + FEW_STEPS):
-                        tables[missing * CODES * TILE :][:TILE] = 0  # for code 0, the only one packed there
+                        tables[missing * CODES * tile :][:tile] = 0  # for code 0, the only one packed there
                     for m in range(rows):
-                        _add_few(acc, m * TILE, tables, i, packed, at + pixels[m] + i)
+                        _add_few(acc, words, m, tables, i, packed, at + pixels[m] + i)
+            if table.itemsize == 1 and (group % FLUSH == FLUSH - 1 or group == len(groups) - 1):
+                _widen(acc, words, rows)
         for j in range(0, width, LANES):
             flush_tile(
-                out, out_rows, out_base + (n + j) * lane_stride_out, lane_stride_out, acc, j, TILE, rows,
-                min(LANES, width - j), first, tile, offsets
+                out, out_rows, out_base + (n + j) * lane_stride_out, lane_stride_out, acc, j, tile, rows,
+                min(LANES, width - j), first, square, offsets
             )  # fmt: skip
 
 
@@ -284,12 +335,14 @@ def _block(
     rows = row_range[1] - row_range[0]
     taps = kernel[0] * kernel[1]
     lanes = lane_range[1] - lane_range[0]
-    by_table = rows * (min(lanes, TILE) - 1) > BUILD_ROWS
+    tile = _tile(table)
+    by_table = rows * (min(lanes, tile) - 1) > BUILD_ROWS
     padded_rows = (rows + LANES - 1) // LANES * LANES  # transpose reads whole tiles of sums
-    acc = _aligned(padded_rows * TILE if by_table else rows, np.int32)
-    tables = _aligned(STEPS * CODES * TILE if by_table else 1, table.dtype)
-    tile = np.empty(LANES * LANES, np.int32)
-    offsets = np.empty(TILE, np.int64)
+    acc = _aligned(padded_rows * tile if by_table else rows, np.int32)
+    words = _aligned(rows * tile if by_table and table.itemsize == 1 else 0, np.uint16)
+    tables = _aligned(STEPS * CODES * tile if by_table else 1, table.dtype)
+    square = np.empty(LANES * LANES, np.int32)
+    offsets = np.empty(tile, np.int64)
     runs = np.empty((rows, 5), np.int64)
     out_rows = np.empty(rows, np.int64)
     n_runs = runs_of(row_range[0], rows, out_size, stride_image, out_image, out_row, runs, out_rows)
@@ -350,7 +403,7 @@ def _block(
                 _row_tables(
                     out, out_rows, out_base, out_lane, packed, pixels, table, w, w_base, lane_stride, groups[:count],
                     k_offsets, lanes, ends_of(packed[:filled]), start, first,
-                    tables, acc, tile, offsets
+                    tables, acc, words, square, offsets
                 )  # fmt: skip
             else:
                 _gather(
@@ -369,8 +422,9 @@ def _product_sum(
     out_size: tuple[int, int],
     geometry: tuple[int, int, int, int, int, int],
     pad_code: int,
+    accumulate: bool,
 ) -> None:
-    """Write the LUT product sums of an implicit grouped convolution.
+    """Write the LUT product sums of an implicit grouped convolution; `accumulate` adds them to `out`, without bias.
 
     x is ``(B, g, C/g, H, W)``, w is ``(g, O/g, C/g, kh, kw)``, both with any strides; `table` is ``[w_code, x_code]``;
     `geometry` is stride, padding and dilation; `out_strides` are those of (image, group, output channel, output pixel).
@@ -380,7 +434,6 @@ def _product_sum(
     step_h, step_w, pad_h, pad_w, dil_h, dil_w = geometry
     cols = min(kernel_w, most)
     rows = min(kernel_h, most // cols)
-    accumulate = False
     for r in range(0, kernel_h, rows):  # once, but for kernels of more taps than the scratch holds
         for s in range(0, kernel_w, cols):
             shifted = (step_h, step_w, pad_h - r * dil_h, pad_w - s * dil_w, dil_h, dil_w)
@@ -389,26 +442,28 @@ def _product_sum(
             accumulate = True
 
 
-def _cost(rows: int, lanes: int) -> int:
+def _cost(rows: int, lanes: int, tile: int) -> int:
     """Row additions that a block of `rows` × `lanes` sums costs for each k, by row tables or by gathering."""
-    return min(-(-lanes // TILE) * (BUILD_ROWS + rows), lanes * (rows + STEPS))
+    return min(-(-lanes // tile) * (BUILD_ROWS + rows), lanes * (rows + STEPS))
 
 
 @lru_cache
-def _split(total: int, groups: int, lanes: int, workers: int, most_rows: int) -> tuple[int, int, int]:
+def _split(total: int, groups: int, lanes: int, tile: int, workers: int, most_rows: int) -> tuple[int, int, int]:
     """Into how many parts to cut rows, groups and lanes: cutting rows builds more tables, cutting lanes packs more."""
     fewest = -(-total // most_rows)
     found = []
     for parts in sorted({1, workers} | {2**i for i in range(workers.bit_length())}):
         group_parts = min(groups, parts)
-        lane_parts = max(1, min(-(-parts // group_parts), lanes // TILE))
+        lane_parts = max(1, min(-(-parts // group_parts), lanes // tile))
         even = -(-workers // (group_parts * lane_parts))
         for blocks in {fewest, -(-fewest // even) * even}:
             if blocks > fewest and total < MIN_ROWS * blocks:
                 continue
             rows = -(-total // blocks)
             rounds = -(-blocks * group_parts * lane_parts // workers) * -(-groups // group_parts)
-            found.append((rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts))), blocks, group_parts, lane_parts))
+            found.append(
+                (rounds * (rows // 4 + _cost(rows, -(-lanes // lane_parts), tile)), blocks, group_parts, lane_parts)
+            )
     return min(found)[1:]
 
 
@@ -428,10 +483,11 @@ def _partial_sum(
     batch, groups, channels, *size = x.shape
     _, lanes, _, *kernel = w.shape
     total, taps = batch * out_size[0] * out_size[1], kernel[0] * kernel[1]
-    workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + _BLOCK_BYTES))
-    budget = min(_SCRATCH_WORKER, SCRATCH // workers - _BLOCK_BYTES)
+    tile, block_bytes = (BYTE_TILE, _BYTE_BLOCK_BYTES) if table.dtype == torch.uint8 else (TILE, _BLOCK_BYTES)
+    workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + block_bytes))
+    budget = min(_SCRATCH_WORKER, SCRATCH // workers - block_bytes)
     most_rows = max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES))
-    blocks, group_parts, lane_parts = _split(total, groups, lanes, workers, most_rows)
+    blocks, group_parts, lane_parts = _split(total, groups, lanes, tile, workers, most_rows)
     row_ranges, group_ranges, lane_ranges = map(even_ranges, (total, groups, lanes), (blocks, group_parts, lane_parts))
     largest = max(stop - start for start, stop in row_ranges)
     group_channels = max(1, min(channels, budget // ((largest + _OFFSET_BYTES) * taps)))
@@ -463,12 +519,29 @@ def _partial_sum(
     run(_block, tasks, workers)
 
 
-def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
+def _tables(table: Tensor, lanes: int) -> PreparedTable:
+    """8-bit entries where they are and where a row of so many lanes then takes fewer cache lines."""
+    return (prepare_bytes(table) if lanes > TILE else None) or prepare(table)
+
+
+def add_matmul(y: Tensor, x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], accumulate: bool) -> None:
+    """`lut_matmul` into `y`; `accumulate` adds to it, without the tables' offset. `tables` gives those of n lanes."""
+    for x_part, w_part, y_part in flat_batches(x, w, y):
+        _matmul(x_part, w_part, tables, y_part, accumulate)
+
+
+def _matmul(x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], out: Tensor, accumulate: bool) -> None:
     """``(G, M, K)`` by ``(G, N, K)``, any strides, into a contiguous ``(G, M, N)``."""
     _, rows, columns = out.shape
-    blocks = [-(-side // MAX_ROWS) for side in (rows, columns)]
-    swapped = blocks[1] * _cost(-(-columns // blocks[1]), rows) < blocks[0] * _cost(-(-rows // blocks[0]), columns)
+
+    def cost(rows: int, lanes: int) -> int:
+        blocks = -(-rows // MAX_ROWS)
+        tile = BYTE_TILE if tables(lanes).entry == "uint8" else TILE
+        return blocks * _cost(-(-rows // blocks), lanes, tile)
+
+    swapped = cost(columns, rows) < cost(rows, columns)
     row_codes, lane_codes = (w, x) if swapped else (x, w)
+    known = tables(lane_codes.shape[1])
     _product_sum(
         row_codes.transpose(1, 2)[None, :, :, None, :],
         lane_codes[:, :, :, None, None],
@@ -479,34 +552,33 @@ def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
         (1, row_codes.shape[1]),
         (1, 1, 0, 0, 1, 1),
         0,
+        accumulate,
     )
 
 
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``; whichever of m and n is cheaper as rows is the rows."""
-    known = prepare(table)
     batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
     y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32)
-    for x_part, w_part, y_part in flat_batches(x, w, y):
-        _matmul(x_part, w_part, known, y_part)
+    add_matmul(y, x, w, partial(_tables, table), False)
     return y
 
 
-def lut_conv2d(
+def add_conv2d(
+    y: Tensor,
     x: Tensor,
     w: Tensor,
-    table: Tensor,
+    known: PreparedTable,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     pad_code: int,
-) -> Tensor:
-    """Implicit im2col over blocks of output pixels."""
-    known = prepare(table)
+    accumulate: bool,
+) -> None:
+    """`lut_conv2d` into `y`; `accumulate` adds to it, without the tables' offset."""
     geometry = (*stride, *padding, *dilation)
-    out_h, out_w = conv_output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
-    y = torch.empty(x.shape[0], w.shape[0], out_h, out_w, dtype=torch.int32)
+    out_h, out_w = y.shape[2:]
     pointwise = w.shape[2:] == (1, 1) and geometry[:4] == (1, 1, 0, 0)
     if pointwise and x.stride(2) == x.shape[3] * x.stride(3):
         x, out_h, out_w = x.flatten(2).unsqueeze(2), 1, out_h * out_w  # one long row: short ones are packed slowly
@@ -521,5 +593,23 @@ def lut_conv2d(
         (out_h, out_w),
         geometry,
         pad_code,
+        accumulate,
     )
+
+
+def lut_conv2d(
+    x: Tensor,
+    w: Tensor,
+    table: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_code: int,
+) -> Tensor:
+    """Implicit im2col over blocks of output pixels."""
+    out_h, out_w = conv_output_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    y = torch.empty(x.shape[0], w.shape[0], out_h, out_w, dtype=torch.int32)
+    known = _tables(table, w.shape[0] // groups)
+    add_conv2d(y, x, w, known, stride, padding, dilation, groups, pad_code, False)
     return y
