@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...geometry import conv_output_size, flat_batches
+from ...geometry import batch_shape, conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare
 from .packing import STEPS, ends_of, flush_tile, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
@@ -485,8 +485,7 @@ def _matmul(x: Tensor, w: Tensor, known: PreparedTable, out: Tensor) -> None:
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``; whichever of m and n is cheaper as rows is the rows."""
     known = prepare(table)
-    batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32)
+    y = torch.empty(*batch_shape(x, w), x.shape[-2], w.shape[-2], dtype=torch.int32)
     for x_part, w_part, y_part in flat_batches(x, w, y):
         _matmul(x_part, w_part, known, y_part)
     return y
