@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,11 @@ def conv_output_size(
             )
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
     return out[0], out[1]
+
+
+def batch_shape(x: Tensor, w: Tensor) -> torch.Size:
+    """Leading dimensions of the product of ``(..., M, K)`` and ``(..., N, K)``."""
+    return x.shape[:-2] if w.ndim == 2 else torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
 
 
 def flat_batches(x: Tensor, w: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...geometry import conv_output_size, flat_batches
+from ...geometry import batch_shape, conv_output_size, flat_batches
 from ..byte_form import ByteForm
 from .instructions import (
     BYTES,
@@ -51,10 +51,9 @@ def _sum_of_digits(digits, first, count, values):
     """``Σ_d 256^d·Σ`` of row d's bytes: `values` holds a run of `count` bytes a digit, from `first` on in each."""
     total = np.int64(0)
     for d in range(digits):
-        row = values[d]
         some = np.int64(0)
-        for i in range(first, first + count):
-            some += row[i]
+        for value in values[d, first:][:count]:  # as a slice it is summed in vectors
+            some += value
         total += some << (8 * d)
     return total
 
@@ -286,17 +285,15 @@ def _block(
                     image * rows * cols, u, digits, digit_count, pad_code, offsets
                 )  # fmt: skip
             if digit_count > 0:
-                m = 0
-                for image in range(images):
-                    for i in range(out_rows_n):
-                        for j in range(out_cols):
-                            at = (image * rows + i * step_h) * cols + j * step_w
-                            total = np.int32(0)
-                            for r in range(kh):
-                                for s in range(kw):
-                                    total += sums[at + r * dil_h * cols + s * dil_w]
-                            sum_of[m] = total
-                            m += 1
+                sum_of[:] = 0
+                for row in range(images * out_rows_n):
+                    at = (row // out_rows_n * rows + row % out_rows_n * step_h) * cols
+                    of_row = sum_of[row * out_cols :][:out_cols]
+                    for r in range(kh):
+                        for s in range(kw):
+                            seen = sums[at + r * dil_h * cols + s * dil_w :]
+                            for j in range(out_cols):
+                                of_row[j] += seen[j * step_w]
         width = tiles[t + 1] - tiles[t]
         height = heights[width - 1]
         vector = group * vectors + tiles[t] - first_vector
@@ -504,8 +501,7 @@ def _partial_sum(
 
 
 def _matmul(x: Tensor, w: Tensor, form: ByteForm, path: str) -> Tensor:
-    batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32)
+    y = torch.empty(*batch_shape(x, w), x.shape[-2], w.shape[-2], dtype=torch.int32)
     for x_part, w_part, y_part in flat_batches(x, w, y):
         _, rows, columns = y_part.shape
         _product_sum(

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ...geometry import conv_output_size, flat_batches
+from ...geometry import batch_shape, conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare, prepare_bytes
 from .packing import STEPS, ends_of, flush_tile, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
@@ -558,8 +558,7 @@ def _matmul(x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], out: T
 
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``; whichever of m and n is cheaper as rows is the rows."""
-    batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
-    y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32)
+    y = torch.empty(*batch_shape(x, w), x.shape[-2], w.shape[-2], dtype=torch.int32)
     add_matmul(y, x, w, partial(_tables, table), False)
     return y
 

@@ -63,5 +63,7 @@ def flat(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes from its first element to its last, as a 1-D array: no copy, whatever the strides."""
     if tensor.numel() == 0:
         return np.empty(1, np.uint8)  # has a type and is not read
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1).numpy()
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.detach().as_strided((span,), (1,)).numpy()
