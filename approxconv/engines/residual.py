@@ -49,8 +49,9 @@ def known_split(table: Tensor) -> Split | None:
         nothing = (torch.zeros(0, side, dtype=torch.int8) for side in table.shape)
         form = byte_form(Factorization(1, *nothing, *signs))
         rows = prepare_bytes(torch.from_numpy((residual - low).astype(np.int32)))
-        # The rest's lowest entry is part of every product: int32 for any table, modulo 2^32 as all sums are.
-        return Split(replace(form, by_column=form.by_column + low), rows)
+        # The rest's lowest entry is part of every product; like all sums modulo 2^32, beyond which it may be.
+        by_column = (form.by_column.long() + low).to(torch.int32)
+        return Split(replace(form, by_column=by_column), rows)
 
 
 def split_of(table: Tensor) -> Split:

@@ -568,6 +568,8 @@ def test_no_operand_is_read_past_its_ends(operator, case, at_end, fenced):
 PLAIN, BARE = ((1, 1), (1, 1), (1, 1)), ((1, 1), (0, 0), (1, 1))
 LARGE = {  # operator, threads, table, other arguments, x's and w's shape, which of them repeat one byte in memory
     "convolution": ("lut_conv2d", 2, "int16", (*PLAIN, 1, 0), (8, 256, 96, 96), (16, 256, 3, 3), ""),
+    "8_bits": ("lut_conv2d", 2, "2x2", (*PLAIN, 1, 0), (8, 128, 96, 96), (66, 128, 3, 3), ""),
+    "8_bits_on_many_threads": ("lut_conv2d", 64, "2x2", (*PLAIN, 1, 0), (256, 64, 64, 64), (128, 64, 3, 3), "x"),
     "groups": ("lut_conv2d", 2, "wide", (*PLAIN, 64, 0), (8, 256, 96, 96), (256, 4, 3, 3), ""),
     "large_kernel": ("lut_conv2d", 2, "int16", (*PLAIN, 1, 0), (1, 2, 300, 300), (16, 2, 51, 51), ""),
     "deep_product": ("lut_matmul", 2, "int16", (), (2048, 2**15), (16, 2**15), ""),
@@ -598,7 +600,7 @@ tables = {
 }
 warm_up = {
     "lut_matmul": ((), (65536, 1), (2, 1)),
-    "lut_conv2d": (((1, 1), (0, 0), (1, 1), 1, 0), (64, 1, 32, 32), (1, 1, 1, 1)),
+    "lut_conv2d": (((1, 1), (0, 0), (1, 1), 1, 0), (64, 1, 32, 32), (33, 1, 1, 1)),
     "lut_dwconv2d": (((1, 1), (0, 0), (1, 1), 0), (64, 1, 32, 32), (1, 1, 1, 1)),
 }
 for name, (operator, threads, table, arguments, x_shape, w_shape, repeated) in json.loads(sys.argv[1]).items():

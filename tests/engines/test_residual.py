@@ -140,6 +140,15 @@ def test_the_most_that_the_rest_may_span(signs):
         residual.lut_dwconv2d(codes(1, 3, 5, 5), codes(3, 1, 3, 3), wide, (1, 1), (1, 1), (1, 1), 0)
 
 
+@pytest.mark.parametrize("low", [2**31 - 1 - 255, -(2**31)])
+def test_entries_at_the_ends_of_int32(low):
+    x, w = codes(40, 1), codes(70, 1, seed=1)
+    check(cpu, "lut_matmul", x, w, rest(low))
+    ends = product((2, 2), (True, True)) + torch.full((4, 4), 2**31 - 5 if low > 0 else 2 - 2**31, dtype=torch.int32)
+    ends[1, 1] = 2**31 - 1 if low > 0 else -(2**31)  # beside the product 2^31 - 2, or less than int32 holds
+    check(residual, "lut_matmul", x, w, ends)
+
+
 def test_bytes_of_a_table():
     assert prepare_bytes(rest(5, 256)) is None
     known = prepare_bytes(rest(5, 255, (4, 8)))
