@@ -477,6 +477,7 @@ assert torch.equal(z.int(), ops.lut_matmul(codes(x).flatten(2), w, m.table, engi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modes",
     [

@@ -67,6 +67,7 @@ def open_folder():
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_everything_works_where_no_folder_is_writable(open_folder):
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("needs root and setpriv, to run as a user who may write nowhere")

@@ -529,7 +529,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["first_calls_at_once", "fork", "fork_then_new_table", "spawn"])
+@pytest.mark.parametrize(
+    "way", ["first_calls_at_once", "fork", "fork_then_new_table", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 def test_other_processes(way, tmp_path):
     if way.startswith("fork") and not hasattr(os, "fork"):
         pytest.skip("needs fork")
@@ -642,7 +644,11 @@ def scratch(threads):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if call[1] > 2 else ()) for name, call in LARGE.items()]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if call[1] > 2 or name == "convolution" else ())
+        for name, call in LARGE.items()
+    ],
 )
 def test_scratch_is_bounded(name):
     """On many threads the peak is what the threads that the machine runs at once add up to."""

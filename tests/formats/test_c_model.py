@@ -1313,6 +1313,7 @@ def test_some_of_them_are_right(write):
         np.testing.assert_array_equal(survive(write(source)).table.numpy(), expected)
 
 
+@pytest.mark.slow
 def test_a_recursion_limit_that_was_raised_changes_nothing(write):
     """Frames of Python beyond what the C stack holds would end the process."""
     code = (

@@ -65,6 +65,7 @@ def test_every_fault_is_listed():
     assert heads == list(FAULTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", FAULTS)
 def test_a_correct_kernel_passes(kernel):
     assert reverse(FAULTS[kernel][0], kernel, "right") == list(range(32, 0, -1))

@@ -581,6 +581,7 @@ def test_the_shim_compiles_without_warnings(tmp_path, monkeypatch, mode):
         build(read("tidy"), mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_the_shim_is_clean_itself(mode):
     """No race of its own in what synchronises threads, no undefined behaviour in what computes."""

@@ -232,6 +232,7 @@ def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path, before):
         run_watched(case, "thread")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("source", "file", "old", "new"),
