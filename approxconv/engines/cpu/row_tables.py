@@ -2,7 +2,7 @@
 
 For 32 values of n and 16 of k the gather is done once for all 256 codes, ``T[k][a][n] = table[a, w[n, k]]``; then a row
 m costs sixteen contiguous vector adds ``acc[m, :] += T[k][x[m, k], :]``. The tables of a block are built once and serve
-all its rows, up to 4,096. Where there are too few rows or columns for that to pay, entries are gathered one by one.
+all its rows. Where there are too few rows or columns for that to pay, entries are gathered one by one.
 
 Convolution is the same on implicit patches. The codes of 16 channels of one pixel lie together, so that a tap of 16
 k's is a pixel of the padded input at some distance from the output pixel's first; inputs of fewer channels are packed
@@ -12,7 +12,9 @@ patch by patch. Either is done channel group by channel group, in a scratch buff
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,28 @@ ALIGNMENT = 64
 FEW_STEPS = 4  # k's a pass where fewer than STEPS are left
 # Passes whose sums of 8-bit entries, 0 to 255, fit 16 bits: 16 passes · 16 k's · 255 = 65,280 < 2^16.
 FLUSH = (2**16 - 1) // (STEPS * 255)
-MAX_ROWS = 4096  # rows a block: their sums (512 KiB) stay in the second-level cache
+_ROWS = 4096  # a block: their sums (512 KiB) stay in the second-level cache
 MIN_ROWS = 1024  # below this a block is not cut further just to occupy a thread
 BUILD_ROWS = 800  # building one k of a row table costs about as much as adding it to this many rows
 _SCRATCH_WORKER = 4 * 2**20  # of packed codes
 _MIN_PACKED = 2**19
-_BLOCK_BYTES = 2**19 * 3  # what a block of MAX_ROWS takes beside them: sums, tables, where its rows lie
-_BYTE_BLOCK_BYTES = 2**19 * 5  # the same of 8-bit tables: twice the lanes, of 32 and of 16 bits
+_ROW_BYTES = 384  # what a row of a block takes beside them, of _ROWS at least: sums, tables, where it lies
+_BYTE_ROW_BYTES = 640  # the same of 8-bit tables: twice the lanes, of 32 and of 16 bits
 _OFFSET_BYTES = 9  # of the offset of each k's weight, and its share of its group
+_LARGE_CACHE = 2**21
+
+
+def _rows_in_cache() -> int:
+    """Rows whose sums take four fifths of a core's second-level cache, if that is large."""
+    with suppress(OSError, ValueError):  # "2048K"
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        cache = int(size.removesuffix("K")) * 2**10
+        if size.endswith("K") and cache >= _LARGE_CACHE:
+            return cache * 4 // 5 // (4 * TILE)
+    return _ROWS
+
+
+MAX_ROWS = _rows_in_cache()  # a block, of few threads
 
 
 def halves(places: int, bits: int) -> tuple[list[int], list[int]]:
@@ -483,10 +499,12 @@ def _partial_sum(
     batch, groups, channels, *size = x.shape
     _, lanes, _, *kernel = w.shape
     total, taps = batch * out_size[0] * out_size[1], kernel[0] * kernel[1]
-    tile, block_bytes = (BYTE_TILE, _BYTE_BLOCK_BYTES) if table.dtype == torch.uint8 else (TILE, _BLOCK_BYTES)
-    workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + block_bytes))
-    budget = min(_SCRATCH_WORKER, SCRATCH // workers - block_bytes)
-    most_rows = max(1, min(MAX_ROWS, budget // taps - _OFFSET_BYTES))
+    tile, row_bytes = (BYTE_TILE, _BYTE_ROW_BYTES) if table.dtype == torch.uint8 else (TILE, _ROW_BYTES)
+    workers = min(torch.get_num_threads(), SCRATCH // (_MIN_PACKED + _ROWS * row_bytes))
+    share = SCRATCH // workers
+    rows = min(MAX_ROWS * _ROW_BYTES // row_bytes, max(_ROWS, (share - _SCRATCH_WORKER) // row_bytes))
+    budget = min(_SCRATCH_WORKER, share - max(rows, _ROWS) * row_bytes)
+    most_rows = max(1, min(rows, budget // taps - _OFFSET_BYTES))
     blocks, group_parts, lane_parts = _split(total, groups, lanes, tile, workers, most_rows)
     row_ranges, group_ranges, lane_ranges = map(even_ranges, (total, groups, lanes), (blocks, group_parts, lane_parts))
     largest = max(stop - start for start, stop in row_ranges)
