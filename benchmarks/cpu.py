@@ -135,14 +135,14 @@ def patches(x: torch.Tensor, kernel: int, stride: int, padding: int, groups: int
 
 
 def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each function, the runs interleaved so that all see the same machine."""
+    """Median seconds of each function, the runs interleaved and back and forth: what ran before leaves its caches."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
-        for function, seen in zip(functions, times, strict=True):
+        for i in range(len(functions)) if repeat % 2 else reversed(range(len(functions))):
             start = time.perf_counter()
-            function()
+            functions[i]()
             if repeat:  # the first round compiles and warms up
-                seen.append(time.perf_counter() - start)
+                times[i].append(time.perf_counter() - start)
     return [statistics.median(seen) for seen in times]
 
 

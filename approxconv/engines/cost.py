@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -163,21 +163,31 @@ def _measure() -> Rates:
 
     least, few = (1, 16, 16, 1), (2, 256, 512)
     dense = [(4096, 64, 288), (784, 64, 288)]
-    dots = [(1024, 256, 1024, 1), (1024, 256, 1024, 3), (2048, 64, 128, 1), (2048, 16, 512, 2), (64, 512, 512, 2)]
+    dots = [(512, 512, 1024), (2048, 16, 512), (64, 512, 512)]
     planes = [(8, 128, 28), (16, 512, 7)]
-    dotted = [(*plane, products) for plane in planes for products in (1, 4)]
-    calls = [product(*shape) for shape in (least, few, *dense, *dots)]
-    calls += [depthwise(*shape) for shape in (*planes, *dotted)]
+    calls = [product(*shape) for shape in (least, few, *dense)]
     calls += [product(*shape, table=table & 255) for shape in dense]
+    calls += [depthwise(*plane) for plane in planes]
+    calls += [product(*shape, products) for products in (1, 3) for shape in dots]
+    calls += [depthwise(*plane, products) for products in (1, 3) for plane in planes]
     of_call, *times = _fastest(calls)
     times = iter([max(seconds - of_call, seconds / 9) for seconds in times])
     gather = next(times) / math.prod(few)
-    of_tables = _solve([(m * n * k, n * k) for m, n, k in dense], times)
-    of_dots = _solve([(p * m * n * k, p * m * k, p * n * k, m * n) for m, n, k, p in dots], times)
+    of_tables, of_bytes = (_solve([(m * n * k, n * k) for m, n, k in dense], times) for _ in range(2))
     of_planes = _solve([(b * c * s * s * 9, c * 9) for b, c, s in planes], times)
-    of_dotted = _solve([(p * b * c * s * s * 9, p * c * 9, b * c * s * s) for b, c, s, p in dotted], times)
-    of_bytes = _solve([(m * n * k, n * k) for m, n, k in dense], times)
+    of_dots = _by_products([(m * n * k, m * k, n * k) for m, n, k in dots], [m * n for m, n, _ in dots], times)
+    outputs = [b * c * s * s for b, c, s in planes]
+    of_dotted = _by_products([(9 * o, c * 9) for o, (_, c, _) in zip(outputs, planes, strict=True)], outputs, times)
     return Rates(of_call, *of_tables, gather, *of_dots, *of_planes, *of_dotted, *of_bytes)
+
+
+def _by_products(counts: Sequence[Sequence[int]], outputs: Sequence[int], times: Iterator[float]) -> list[float]:
+    """Rates of what each product takes, and of a sum, from the times of one product and then of three."""
+    one, three = ([next(times) for _ in counts] for _ in range(2))
+    more = [max(c - a, c / 9) / 2 for a, c in zip(one, three, strict=True)]
+    rates = _solve(counts, iter(more))
+    left = sum(max(a - each, 0) for a, each in zip(one, more, strict=True))
+    return [*rates, left / sum(outputs)]
 
 
 def _fastest(calls: Sequence[Callable[[], object]]) -> list[float]:
@@ -192,7 +202,7 @@ def _fastest(calls: Sequence[Callable[[], object]]) -> list[float]:
     return times
 
 
-def _solve(counts: Sequence[Sequence[int]], times: Iterable[float]) -> list[float]:
+def _solve(counts: Sequence[Sequence[int]], times: Iterator[float]) -> list[float]:
     """Rates, not negative, with which the counts come nearest to the next of the times, relative to these."""
     times = list(itertools.islice(times, len(counts)))
     shares = np.array(counts, float) / np.array(times)[:, None]

@@ -91,11 +91,21 @@ def test_seconds_follow_from_the_rates(measurements):
 def test_rates_are_found_from_exact_times(rates):
     counts = [(1000, 10), (5000, 10), (2000, 99)]
     times = [sum(count * rate for count, rate in zip(row, rates, strict=True)) for row in counts]
-    assert cost._solve(counts, times) == pytest.approx(rates, abs=1e-18)
+    assert cost._solve(counts, iter(times)) == pytest.approx(rates, abs=1e-18)
 
 
 def test_rates_are_never_negative():
-    assert min(cost._solve([(1000, 10), (2000, 10)], [1.0, 3.0])) >= 0
+    assert min(cost._solve([(1000, 10), (2000, 10)], iter([1.0, 3.0]))) >= 0
+
+
+def test_what_a_product_takes_is_told_from_what_a_sum_takes():
+    counts, outputs, rates = [(1000, 10), (2000, 99)], [7, 30], [2e-9, 3e-7, 5e-8]
+    times = [
+        products * (count * rates[0] + weights * rates[1]) + sums * rates[2]
+        for products in (1, 3)
+        for (count, weights), sums in zip(counts, outputs, strict=True)
+    ]
+    assert cost._by_products(counts, outputs, iter(times)) == pytest.approx(rates)
 
 
 @pytest.mark.slow
