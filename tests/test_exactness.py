@@ -1,6 +1,7 @@
 """Every engine, op, function and layer against the oracle, on the reference circuits and on the zoo."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from approxconv import EngineError, factorize, get_multiplier, list_multipliers, use_engine
 from approxconv.engines import work
+from approxconv.engines.residual import known_split
 from approxconv.nn import ApproxConv2d, ApproxLinear
 from approxconv.operators import (
     ApproxConv2dOp,
@@ -18,7 +20,7 @@ from approxconv.operators import (
     FastApproxGeMMOp,
 )
 
-ENGINES = ("cpu", "factored", "auto")
+ENGINES = ("cpu", "factored", "residual", "auto")
 STRIDE, PADDING, DILATION = [2, 1], [1, 2], [1, 2]
 CONV = Conv2dArgs(4, 12, (3, 2), (2, 1), (1, 2), (1, 2), groups=2)
 DEPTHWISE = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
@@ -110,8 +112,11 @@ def _agree(found, expected):
 
 
 def _check(multiplier):
-    """By every engine; by "factored" exactly where there are factors."""
+    """By every engine; by "factored" exactly where there are factors, by "residual" where a byte holds the rest."""
     has_factors = factorize(multiplier) is not None
+    refusals = {} if has_factors else {"factored": "no factorisation"}
+    if known_split(multiplier.table) is None:
+        refusals["residual"] = "beside the exact product"
     operands = _Operands(multiplier)
     hostile = operands.sums("reference", operands.pad_code)
     zero_padded = operands.sums("reference", 0)
@@ -120,8 +125,8 @@ def _check(multiplier):
         assert _agree(operands.modelled(), rounded), f"{multiplier}, fast model"
     layers = operands.layers("reference")
     for engine in ENGINES:
-        if "factored" in engine and not has_factors:
-            with pytest.raises(EngineError, match="no factorisation"):
+        if engine in refusals:
+            with pytest.raises(EngineError, match=refusals[engine]):
                 operands.sums(engine, 0)
             continue
         assert _agree(operands.sums(engine, operands.pad_code), hostile), f"{multiplier}, {engine}"
@@ -166,6 +171,18 @@ def test_the_zoo_at_large(formats):
     for names in _members((formats,)).values():
         for name in {*names[:: max(1, len(names) // 2)], names[-1]}:
             _check(get_multiplier(name))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run CUDA sources on the CPU")
+@pytest.mark.parametrize("engine", ["host_cuda", "host_factored"])
+def test_by_the_gpu_s_kernels_on_the_host(reference_multipliers, engine):
+    middles = [names[len(names) // 2] for names in _members(("8u_8s",)).values()]
+    for multiplier in (*reference_multipliers.values(), *map(get_multiplier, middles)):
+        if engine == "host_cuda" or factorize(multiplier) is not None:
+            operands = _Operands(multiplier)
+            expected = operands.sums("reference", operands.pad_code)
+            assert _agree(operands.sums(engine, operands.pad_code), expected), multiplier
 
 
 @pytest.mark.parametrize("bits", [(8, 5), (3, 8), (6, 2)])

@@ -262,6 +262,7 @@ def test_kernel_cells_that_are_none(shell, line, said):
     assert kernels.replaced() == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cell_is_really_tried(run, replacing):
     """A wrong edit, then a right one."""

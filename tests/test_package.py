@@ -112,6 +112,7 @@ def wheel(source, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_wheel_runs_in_a_scratch_venv(wheel, tmp_path):
     scratch = tmp_path / "venv"
     venv.create(scratch, with_pip=True, symlinks=True)

@@ -71,6 +71,7 @@ def test_a_correct_kernel_passes(kernel):
     assert reverse(FAULTS[kernel][0], kernel, "right") == list(range(32, 0, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", FAULTS)
 def test_a_fault_is_caught(kernel):
     sanitizer, finding = FAULTS[kernel]

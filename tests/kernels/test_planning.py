@@ -125,6 +125,7 @@ def cover(steps, problem):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [

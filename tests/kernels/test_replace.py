@@ -134,6 +134,7 @@ class Computing:
 # What is right
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_right_kernel_takes_effect_while_another_thread_computes(tmp_path, depthwise):
     arguments, expected = depthwise
@@ -167,6 +168,7 @@ def test_a_right_kernel_takes_effect_while_another_thread_computes(tmp_path, dep
     assert "times the kernel before" in str(report)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_kernel_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "sign.cuh").write_text("constexpr int SIGN = 1;\n")
@@ -270,6 +272,7 @@ def test_a_compile_error_names_the_line():
     assert kernels.source("lut_dwconv2d") == DEPTHWISE
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("statement", "said"),
@@ -292,6 +295,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_kernel_without_end_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("APPROXCONV_CACHE_DIR", str(tmp_path))  # to keep nothing
@@ -716,6 +720,7 @@ def test_copies_are_of_the_sources_in_use(folders, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_folder_that_somebody_tidied_up_is_written_anew(accepting):
     kernels.replace("my_gemm", OWN)
     shutil.rmtree(replacing._session._folders)
