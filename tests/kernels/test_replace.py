@@ -315,11 +315,13 @@ def test_a_kernel_without_end_is_ended(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_an_interrupt_ends_the_trial(tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_trial(tmp_path, monkeypatch, request):
     monkeypatch.setenv("APPROXCONV_CACHE_DIR", str(tmp_path))
     replacing.prepare()
     process = replacing._session._waiting
     assert os.getpgid(process.pid) != os.getpgid(0)  # the terminal's interrupt is not for it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         try_to_replace("my_gemm", own_with("for (;;);"))
