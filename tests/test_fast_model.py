@@ -489,7 +489,7 @@ assert torch.equal(z.int(), ops.lut_matmul(codes(x).flatten(2), w, m.table, engi
 )
 def test_modes_of_float32_change_nothing_and_are_left_alone(modes):
     if "fp32_precision" in modes and not hasattr(torch.backends.mkldnn, "conv"):
-        pytest.skip("this torch has no such flags")
+        pytest.skip("needs a torch that has fp32_precision by operator")
     result = subprocess.run(
         [sys.executable, "-W", "error:::approxconv", "-c", MODES.format(modes=modes)],
         capture_output=True, text=True, timeout=300, check=False,

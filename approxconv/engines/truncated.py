@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..features import device_for, features
-from ..geometry import conv_output_size, flat_batches
+from ..geometry import batch_shape, conv_output_size, flat_batches
 from ..truncation import Truncation, check_rank, truncate
 
 # A tile of the product: rows of x, rows of w, and features summed over. Of float64 it takes 29 MiB.
@@ -49,7 +49,7 @@ class TruncatedEngine:
 
     def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """About ``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``, to the nearest integer."""
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        batch = batch_shape(x, w)
         y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32, device=x.device)
         form = truncate(table, self.rank)
         for operands in flat_batches(x, w, y):

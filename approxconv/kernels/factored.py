@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..geometry import flat_batches
+from ..geometry import batch_shape, flat_batches
 from .operators import FACTORED_OPERATORS, PlannedEngine, convolution_problem, product_problem, replanned
 from .plan import Target
 from .planning import (
@@ -299,7 +299,7 @@ class FactoredKernelEngine(PlannedEngine):
         Tensor
             int32, ``(..., M, N)``.
         """
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        batch = batch_shape(x, w)
         y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32, device=x.device)
         for rows, lanes, out in flat_batches(x, w, y):
             group, row, column = out.stride()

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..geometry import conv_output_size, flat_batches
+from ..geometry import batch_shape, conv_output_size, flat_batches
 from ..multiplier import PreparedTable, prepare
 from .plan import Plan, SourceEditedError, Target
 from .planning import Problem, Steps, bind, depthwise_steps, product_sum_steps
@@ -144,7 +144,7 @@ class KernelEngine(PlannedEngine):
     def lut_matmul(self, x: Tensor, w: Tensor, table: Tensor) -> Tensor:
         """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``."""
         known = prepare(table)
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        batch = batch_shape(x, w)
         y = torch.empty(*batch, x.shape[-2], w.shape[-2], dtype=torch.int32, device=x.device)
         for operands in flat_batches(x, w, y):
             self._matmul(*operands[:2], known, operands[2])
