@@ -96,6 +96,15 @@ extern "C" __global__ void misses_a_syncwarp(const int* x, int* y) {
     y[t] = s[31 - t];
 }
 
+// For two warps.
+extern "C" __global__ void misses_a_syncthreads_between_warps(const int* x, int* y) {
+    __shared__ int s[32];
+    if (t < 32) s[t] = x[t];
+    for (int i = 0; i < 9; ++i) __syncwarp();  // orders the lanes of a warp, and nothing else
+    __syncthreads();  // wrong:
+    if (t >= 32) y[t - 32] = s[63 - t];
+}
+
 extern "C" __global__ void sums_without_atomics(const int* x, int* y) {
     __shared__ int sum;
     if (t == 0) sum = 0;

@@ -32,6 +32,7 @@ FAULTS = {  # kernel of faults.cu: sanitizer, what it reports
     "misses_a_syncthreads": ("thread", "ThreadSanitizer: data race"),
     "misses_a_syncthreads_before_reuse": ("thread", "ThreadSanitizer: data race"),
     "misses_a_syncwarp": ("thread", "ThreadSanitizer: data race"),
+    "misses_a_syncthreads_between_warps": ("thread", "ThreadSanitizer: data race"),
     "sums_without_atomics": ("thread", "ThreadSanitizer: data race"),
     "writes_where_others_write": ("thread", "ThreadSanitizer: data race"),
 }
@@ -56,7 +57,8 @@ def run(sanitizer, kernel, *arguments, block=1, grid=1, shared=0, source="right"
 
 def reverse(sanitizer, kernel, source):
     x, y = torch.arange(1, 33, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
-    run(sanitizer, kernel, x, y, block=32, shared=128, source=source)
+    block = 64 if kernel.endswith("between_warps") else 32
+    run(sanitizer, kernel, x, y, block=block, shared=128, source=source)
     return y.tolist()
 
 

@@ -230,7 +230,8 @@ def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path, before):
         "factored_conv2d", (1, 3, 4, 4), (9, 3, 3, 3), geometry=((1, 1), (2, 2), (1, 1), 1, 2), products=5,
         variant=(32, 32, 4, 2, 1),
     )  # fmt: skip
-    with use_source(folder), pytest.raises(SanitizerError, match="data race"):
+    # What another warp overwrote may be an address, which is read before the report is out.
+    with use_source(folder), pytest.raises(SanitizerError, match="ThreadSanitizer: (data race|SEGV)"):
         run_watched(case, "thread")
 
 

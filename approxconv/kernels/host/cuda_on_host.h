@@ -20,6 +20,7 @@
 // one launch at a time. Some functions take more types than CUDA's do, which NVRTC then refuses.
 #pragma once
 
+#include <limits.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -27,6 +28,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -107,6 +114,24 @@ struct Trap {
     std::string message;
 };
 
+// Waiting for an atomic to change. std::atomic's own counts who waits in a table that unrelated atomics share:
+// ThreadSanitizer would take that for an order between their threads, and miss races of warps.
+inline void wait_while(const std::atomic<unsigned>& value, unsigned old) {
+#ifdef __linux__
+    while (value == old) syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+#else
+    value.wait(old);
+#endif
+}
+
+inline void wake_all(std::atomic<unsigned>& value) {
+#ifdef __linux__
+    syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#else
+    value.notify_all();
+#endif
+}
+
 // Where threads wait for each other; one that has left is waited for no more.
 class Barrier {
 public:
@@ -121,7 +146,7 @@ public:
         if (--missing == 0)
             open();
         else
-            phase.wait(now);
+            wait_while(phase, now);
         return counted;
     }
 
@@ -136,7 +161,7 @@ private:
         counted = votes.exchange(0);
         missing = running.load();
         ++phase;
-        phase.notify_all();
+        wake_all(phase);
     }
 
     std::function<void()> before_opening;
@@ -164,7 +189,7 @@ public:
         meeting.rounds[now % 2].values[lane] = value;
         open_if_complete(mask, meeting);
         lock.unlock();
-        meeting.phase.wait(now);
+        wait_while(meeting.phase, now);
         return meeting.rounds[now % 2];
     }
 
@@ -186,7 +211,7 @@ private:
         meeting.rounds[meeting.phase % 2].lanes = meeting.arrived;
         meeting.arrived = 0;
         ++meeting.phase;
-        meeting.phase.notify_all();
+        wake_all(meeting.phase);
     }
 
     std::mutex mutex;
