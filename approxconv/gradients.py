@@ -25,7 +25,7 @@ from .multiplier import Multiplier, as_gradient, check_table_shape
 from .operators.straight_through import or_placeholder
 
 GRADIENTS = ("ste", "lre", "smooth")
-_TOLERANCE = 1e-6  # of a factorisation, relative in the Frobenius norm: float32 holds not much more
+_TOLERANCE = 1e-6  # float32 holds not much more
 
 
 class GradientTerms(NamedTuple):
@@ -64,11 +64,14 @@ class GradientTables:
     by_activation, by_weight : array_like
         ∂table/∂(value of a) and ∂table/∂(value of w), finite, ``(2**a_bits, 2**w_bits)``, indexed
         ``[activation_code, weight_code]`` as the multiplier's table is; copied to float32 CPU tensors.
+    tolerance : float
+        How far off the sum of terms may be that stands for a table, relative to it in the Frobenius norm. A backward
+        pass takes the time of as many exact ones as there are terms.
 
     Raises
     ------
     ValueError
-        A table of no such shape, of no numbers or of another shape than the other.
+        A table of no such shape, of no numbers or of another shape than the other, or a tolerance not in (0, 1).
 
     Examples
     --------
@@ -77,6 +80,7 @@ class GradientTables:
 
     by_activation: Tensor
     by_weight: Tensor
+    tolerance: float = _TOLERANCE
 
     def __post_init__(self) -> None:
         for name in ("by_activation", "by_weight"):
@@ -91,14 +95,20 @@ class GradientTables:
                 "by_activation and by_weight must have one shape, got "
                 f"{tuple(self.by_activation.shape)} and {tuple(self.by_weight.shape)}"
             )
+        _check_tolerance(self.tolerance)
 
     @cached_property
     def terms(self) -> GradientTerms:
-        """The tables as sums of products, to 1e-6 of their Frobenius norms; not to be written to."""
-        f_a, g_a = _factorize(self.by_activation.numpy())
-        g_w, f_w = _factorize(self.by_weight.numpy().T)
+        """The tables as sums of products, as few as the tolerance allows; not to be written to."""
+        f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
+        g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
         with _disable_current_modes(), torch.inference_mode(False):  # they outlive who asks first
             return GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w)))
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
 
 
 def check_gradient(gradient: str | GradientTables) -> str | GradientTables:
@@ -110,7 +120,11 @@ def check_gradient(gradient: str | GradientTables) -> str | GradientTables:
 
 
 def gradient_tables(
-    multiplier: Multiplier, gradient: str | GradientTables, half_window: int | None = None
+    multiplier: Multiplier,
+    gradient: str | GradientTables,
+    *,
+    half_window: int | None = None,
+    tolerance: float = _TOLERANCE,
 ) -> GradientTables:
     """Slopes of a multiplier's table.
 
@@ -132,6 +146,8 @@ def gradient_tables(
         One of the above; tables are returned as they are.
     half_window : int, optional
         h of ``"smooth"``; by default a sixteenth of each operand's number of codes, 16 for 8 bits.
+    tolerance : float
+        That of `GradientTables`, for those that are made here.
 
     Returns
     -------
@@ -141,8 +157,8 @@ def gradient_tables(
     Raises
     ------
     ValueError
-        No such gradient, tables of another shape than the multiplier's, or a half_window that is negative, no int, or
-        of another gradient.
+        No such gradient or tolerance, tables of another shape than the multiplier's, or a half_window that is negative,
+        no int, or of another gradient.
 
     Notes
     -----
@@ -161,6 +177,7 @@ def gradient_tables(
         raise ValueError(
             f"half_window must be an int of at least 0, for 'smooth' only, got {half_window!r} for {gradient!r:.200}"
         )
+    _check_tolerance(tolerance)
     if isinstance(gradient, GradientTables):
         if gradient.by_activation.shape != multiplier.table.shape:
             raise ValueError(
@@ -168,11 +185,11 @@ def gradient_tables(
                 f"got {tuple(gradient.by_activation.shape)}"
             )
         return gradient
-    return _slopes(multiplier, gradient, half_window)
+    return _slopes(multiplier, gradient, half_window, tolerance)
 
 
 @lru_cache(maxsize=32)
-def _slopes(multiplier: Multiplier, gradient: str, half_window: int | None) -> GradientTables:
+def _slopes(multiplier: Multiplier, gradient: str, half_window: int | None, tolerance: float) -> GradientTables:
     a, w = multiplier.operand_values()
     with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
         by_value = multiplier.by_value().numpy().astype(np.float64)
@@ -182,7 +199,7 @@ def _slopes(multiplier: Multiplier, gradient: str, half_window: int | None) -> G
             slope = _regression_slopes if gradient == "lre" else _smoothed_differences
             by_activation, by_weight = slope(by_value, half_window), slope(by_value.T, half_window).T
         codes = np.ix_(a - a.min(), w - w.min())
-        return GradientTables(by_activation[codes], by_weight[codes])
+        return GradientTables(by_activation[codes], by_weight[codes], tolerance)
 
 
 def _regression_slopes(table: np.ndarray, _: int | None) -> np.ndarray:
@@ -203,8 +220,8 @@ def _smoothed_differences(table: np.ndarray, half_window: int | None) -> np.ndar
     return slopes
 
 
-def _factorize(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F ``(1 + R, rows)`` and G ``(1 + R, columns)`` with ``table ≈ Fᵀ·G``, F[0] = 1, and R as small as can be."""
+def _factorize(table: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """F ``(1 + R, rows)`` and G ``(1 + R, columns)`` with ``‖table − Fᵀ·G‖ ≤ tolerance·‖table‖``, and F[0] = 1."""
     table = table.astype(np.float64)
     mean = table.mean(axis=0, keepdims=True)
     rest = table - mean
@@ -212,7 +229,7 @@ def _factorize(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if rest.any():
         u, s, v = np.linalg.svd(rest, full_matrices=False)
         tails = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
-        rank = int((tails > _TOLERANCE * np.linalg.norm(table)).sum())
+        rank = int((tails > tolerance * np.linalg.norm(table)).sum())
         root = np.sqrt(s[:rank, None])
         f, g = np.concatenate([f, root * u.T[:rank]]), np.concatenate([g, root * v[:rank]])
     return f, g
@@ -290,13 +307,12 @@ def lut_gradients(
             grad_x = torch.addcmul(grad_x, _look_up(f, x_at), term) if r else term
     if needs[1]:
         w = or_placeholder(None, w_codes.shape, grad)
-        # The padding's share is a sum of grad's, so that exact's zeros there are right for what is left.
-        padding = f_w.index_select(1, (zx & 255).view(1))
-        left, padding = sx * (f_w - padding), sx * padding
-        sums = grad_sums(grad)
-        for r, (f, g) in enumerate(zip(left, g_w, strict=True)):
+        # What a padded position has, every position gets through the sums: exact's zeros there then hold what is left.
+        padded = f_w.index_select(1, (zx & 255).view(1))
+        rest, sums = sx * (f_w - padded), sx * grad_sums(grad)
+        for r, (f, g) in enumerate(zip(rest, g_w, strict=True)):
             _, term = exact(grad, _look_up(f, x_at), w, (False, True))
-            term = term + sums * (padding[r] if r else padding[r] - sx * zx)
+            term = term + sums * (padded[r] if r else padded[r] - zx)
             grad_w = torch.addcmul(grad_w, _look_up(g, w_at), term) if r else term
     return grad_x, grad_w
 
