@@ -18,7 +18,7 @@ from .convert import as_float, convertible_layers, exact_products, run_batch
 from .layer import ApproxLayer, as_multiplier
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _LONGEST_NAME = 60
 _HEADINGS = ("layer", "type", "weight", "input → output", "MACs", "multiplier", "mode", "engine", "energy")
@@ -125,7 +125,9 @@ class ModelSummary(Shown):
     @property
     def _total(self) -> str:
         approximate = [row for row in self.rows if row.multiplier]
-        parts = [f"{len(approximate)} of {len(self.rows)} layers approximate", f"{self.macs:,} MACs"]
+        parts = [f"{len(approximate)} of {len(self.rows)} layers approximate"]
+        if self.macs:
+            parts.append(f"{self.macs:,} MACs")
         if self.energy is not None:
             share = sum(row.macs for row in self.rows if row.energy is not None) / max(self.macs, 1)
             energy = _joules(self.energy) + ("" if share == 1 else f" for {share:.1%} of the MACs")
@@ -138,20 +140,20 @@ class ModelSummary(Shown):
         columns = zip(_HEADINGS, zip(*(row.cells for row in self.rows), strict=True), strict=True)
         return [(heading, list(cells)) for heading, cells in columns if set(cells) != {"–"}]
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         from rich.box import SIMPLE_HEAD
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            caption=self._total, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         columns = self._columns()
         for heading, _ in columns:
-            table.add_column(heading, justify="right" if heading in _NUMBERS else "left", no_wrap=True)
+            is_number = heading in _NUMBERS
+            table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
         for cells in zip(*(cells for _, cells in columns), strict=True):
             table.add_row(*map(Text, cells))
-        return table
+        return Group(table, Text(self._total))
 
     def __str__(self) -> str:
         from rich.console import Console
