@@ -159,7 +159,6 @@ class ApproxLayer(nn.Module):
         """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
         _move(layer, self)
         self._init_approx(multiplier, mode, engine, quantization, gradient)
-        self.train(self.training)
         return self
 
     def _init_approx(
@@ -197,14 +196,13 @@ class ApproxLayer(nn.Module):
     def _register_operands(self, device: torch.device) -> None:
         """Make scales, zero points and observers."""
         for name in self._activations:
-            quantization, operand = self.quantization.activation, self.activation_format
             scale = torch.ones((), dtype=torch.float32, device=device)
-            if quantization.range == "lsq":
+            if self.quantization.activation.range == "lsq":
                 self.register_parameter(f"{name}_scale", nn.Parameter(scale.view(1)))
             else:
                 self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_zero_point", torch.zeros((), dtype=torch.int32, device=device))
-            setattr(self, f"{name}_observer", activation_observer(quantization, operand).to(device))
+            self._register_observer(name, device)
         channels = len(self._filters(self.weight)) if self.quantization.weight.granularity == "per_channel" else 1
         scale = torch.ones(channels, dtype=torch.float32, device=device)
         if self.quantization.weight.range == "lsq":
@@ -213,6 +211,10 @@ class ApproxLayer(nn.Module):
             self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int32, device=device))
         self._start_weight_scale()
+
+    def _register_observer(self, name: str, device: torch.device) -> None:
+        observer = activation_observer(self.quantization.activation, self.activation_format)
+        self.register_module(f"{name}_observer", observer.to(device).train(self.training))
 
     @torch.no_grad()
     def _start_weight_scale(self) -> None:
@@ -303,13 +305,12 @@ class ApproxLayer(nn.Module):
             self.activation_format, self.weight_format = formats
             self.operands_signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
             for name in self._activations:
-                known = getattr(self, f"{name}_observer")
-                observer = activation_observer(self.quantization.activation, self.activation_format).to(device)
-                observer.load_state_dict(known.state_dict())
-                setattr(self, f"{name}_observer", observer)
+                observed = getattr(self, f"{name}_observer").state_dict()
+                self._register_observer(name, device)
+                getattr(self, f"{name}_observer").load_state_dict(observed)
             self._quantized = None
             if self.has_observed():
-                self._set_scales()
+                self.finish_calibration()
             else:
                 self.calibrated.fill_(False)
                 self._start_weight_scale()
@@ -516,7 +517,7 @@ class ApproxLayer(nn.Module):
         function = _LookUp if not torch.compiler.is_compiling() else _TracedLookUp
         if terms is None or self.mode != "approximate":
             # The codes stand for x: a byte an element instead of a float.
-            kept = (codes if needs[1] else None, w if needs[0] else None, sx, zx)
+            kept = (codes if needs[1] else None, w.detach() if needs[0] else None, sx, zx)
             return function.apply(x, w, sums, scale, self._straight_through, *kept)
         reads = terms.reads(needs)
         kept = (codes if reads[0] else None, weight.codes if reads[1] else None)
