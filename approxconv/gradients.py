@@ -100,9 +100,9 @@ class GradientTables:
     @cached_property
     def terms(self) -> GradientTerms:
         """The tables as sums of products, as few as the tolerance allows; not to be written to."""
-        f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
-        g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
         with _disable_current_modes(), torch.inference_mode(False):  # they outlive who asks first
+            f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
+            g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
             return GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w)))
 
 
@@ -185,21 +185,21 @@ def gradient_tables(
                 f"got {tuple(gradient.by_activation.shape)}"
             )
         return gradient
-    return _slopes(multiplier, gradient, half_window, tolerance)
+    with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
+        return _slopes(multiplier, gradient, half_window, tolerance)
 
 
 @lru_cache(maxsize=32)
 def _slopes(multiplier: Multiplier, gradient: str, half_window: int | None, tolerance: float) -> GradientTables:
     a, w = multiplier.operand_values()
-    with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
-        by_value = multiplier.by_value().numpy().astype(np.float64)
-        if gradient == "ste":
-            by_activation, by_weight = np.broadcast_arrays(np.sort(w), np.sort(a)[:, None])
-        else:
-            slope = _regression_slopes if gradient == "lre" else _smoothed_differences
-            by_activation, by_weight = slope(by_value, half_window), slope(by_value.T, half_window).T
-        codes = np.ix_(a - a.min(), w - w.min())
-        return GradientTables(by_activation[codes], by_weight[codes], tolerance)
+    by_value = multiplier.by_value().numpy().astype(np.float64)
+    if gradient == "ste":
+        by_activation, by_weight = np.broadcast_arrays(np.sort(w), np.sort(a)[:, None])
+    else:
+        slope = _regression_slopes if gradient == "lre" else _smoothed_differences
+        by_activation, by_weight = slope(by_value, half_window), slope(by_value.T, half_window).T
+    codes = np.ix_(a - a.min(), w - w.min())
+    return GradientTables(by_activation[codes], by_weight[codes], tolerance)
 
 
 def _regression_slopes(table: np.ndarray, _: int | None) -> np.ndarray:

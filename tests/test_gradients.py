@@ -195,7 +195,7 @@ def smooth_slope(line, v, half_window):
 
 
 @pytest.mark.parametrize("half_window", [None, 0, 1, 3, 6, 7, 100])
-@pytest.mark.parametrize(("bits", "signs"), zip([(4, 4), (5, 3), (2, 6), (4, 5)], SIGNS, strict=True))
+@pytest.mark.parametrize(("bits", "signs"), [*zip([(4, 4), (5, 3), (2, 6), (4, 5)], SIGNS, strict=True)])
 def test_smoothed_central_difference(bits, signs, half_window):
     m = hostile(bits, signs)
     table = m.by_value().numpy().astype(float)
