@@ -55,7 +55,7 @@ class GradientTerms(NamedTuple):
         return needs[1] or (needs[0] and len(self.f_a) > 1), needs[0] or (needs[1] and len(self.f_w) > 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GradientTables:
     """Slopes of a product by each operand's value, one for each pair of codes.
 
@@ -97,6 +97,9 @@ class GradientTables:
             )
         _check_tolerance(self.tolerance)
 
+    def __repr__(self) -> str:
+        return f"GradientTables(shape={tuple(self.by_weight.shape)}, tolerance={self.tolerance})"
+
     @cached_property
     def terms(self) -> GradientTerms:
         """The tables as sums of products, as few as the tolerance allows; not to be written to."""
@@ -113,7 +116,7 @@ def _check_tolerance(tolerance: float) -> None:
 
 def check_gradient(gradient: str | GradientTables) -> str | GradientTables:
     """Return `gradient` if it is one, else raise a ValueError that lists what there is."""
-    if not isinstance(gradient, GradientTables) and gradient not in GRADIENTS:
+    if not isinstance(gradient, GradientTables) and not (isinstance(gradient, str) and gradient in GRADIENTS):
         names = ", ".join(map(repr, GRADIENTS))
         raise ValueError(f"gradient must be one of {names} or a GradientTables, got {gradient!r:.200}")
     return gradient
@@ -162,15 +165,15 @@ def gradient_tables(
 
     Notes
     -----
-    "ste": Y. Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
-    Computation", arXiv 1308.3432. "lre": as in ApproxTorch (K. Ma, S. Kimura, "ApproxTorch: An Approximate Multiplier
-    Evaluation Environment for CNNs based on Pytorch", ISOCC 2022) and, as 1-D tables, in C. Meng, W. Burleson,
-    G. De Micheli, "Gradient Estimation Methods of Approximate Multipliers for High-Accuracy Retraining of Deep
-    Learning Models", arXiv 2509.10519. "smooth": C. Meng, W. Burleson, W. Qian, G. De Micheli, "Gradient Approximation
-    of Approximate Multipliers for High-Accuracy Deep Neural Network Retraining", DATE 2025. That has
-    ``(max table − min table)/N`` at the ends, for unsigned operands; the mean slope is nearly that where the table does
-    not decrease, negative where it falls, and linear in the table, so that slopes have no more terms than
-    ``table − a·w``, and one.
+    "ste": Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons for
+    Conditional Computation", arXiv 1308.3432. "lre": so named by ApproxTorch's code (K. Ma, S. Kimura, "ApproxTorch: An
+    Approximate Multiplier Evaluation Environment for CNNs based on Pytorch", ISOCC 2022). Slopes by one operand only
+    are also the LUT-1D of C. Meng, W. Burleson, G. De Micheli, "Gradient Estimation Methods of Approximate Multipliers
+    for High-Accuracy Retraining of Deep Learning Models", arXiv 2509.10519. "smooth": C. Meng, W. Burleson, W. Qian,
+    G. De Micheli, "Gradient Approximation of Approximate Multipliers for High-Accuracy Deep Neural Network Retraining",
+    DATE 2025. Its authors' code has ``(max table − min table)/N`` at the ends, for unsigned operands. The mean slope is
+    nearly that where the table does not decrease, but negative where it falls, and linear in the table, so that the
+    slopes have at most one term more than ``table − a·w`` has rank.
     """
     check_gradient(gradient)
     if half_window is not None and (gradient != "smooth" or type(half_window) is not int or half_window < 0):
