@@ -12,8 +12,8 @@ for each product. Where ``D = Σ_r f_r[a]·g_r[w]``, the sums over products are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,11 @@ class GradientTables:
         How far off the sum of terms may be that stands for a table, relative to it in the Frobenius norm. A backward
         pass takes the time of as many exact ones as there are terms.
 
+    Attributes
+    ----------
+    terms : GradientTerms
+        The tables as sums of products, as few as the tolerance allows; not to be written to.
+
     Raises
     ------
     ValueError
@@ -81,6 +86,7 @@ class GradientTables:
     by_activation: Tensor
     by_weight: Tensor
     tolerance: float = _TOLERANCE
+    terms: GradientTerms = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("by_activation", "by_weight"):
@@ -96,17 +102,13 @@ class GradientTables:
                 f"{tuple(self.by_activation.shape)} and {tuple(self.by_weight.shape)}"
             )
         _check_tolerance(self.tolerance)
+        f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
+        g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
+        with torch.inference_mode(False):  # they outlive who makes them
+            object.__setattr__(self, "terms", GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w))))
 
     def __repr__(self) -> str:
         return f"GradientTables(shape={tuple(self.by_weight.shape)}, tolerance={self.tolerance})"
-
-    @cached_property
-    def terms(self) -> GradientTerms:
-        """The tables as sums of products, as few as the tolerance allows; not to be written to."""
-        with _disable_current_modes(), torch.inference_mode(False):  # they outlive who asks first
-            f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
-            g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
-            return GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w)))
 
 
 def _check_tolerance(tolerance: float) -> None:
