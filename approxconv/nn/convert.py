@@ -277,7 +277,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     try:
         model.eval()
         for layer in layers:
-            layer.activation_observer.reset_min_max_vals()
+            for observer in layer.observers():
+                observer.reset_min_max_vals()
             layer.mode, layer.observing = "float", True
         with torch.no_grad():
             for batch in batches:

@@ -59,6 +59,20 @@ def eagerly(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def adopt(new: nn.Module, layer: nn.Module) -> nn.Module:
+    """Have a bare `new` become `layer`: its parameters, training flag, hooks and whatever else was put on it."""
+    state = layer.__getstate__()  # without its compiled call
+    # The dicts of hooks move, so that their handles still remove them, and `layer` keeps copies.
+    for name, value in vars(nn.Module()).items():
+        if isinstance(value, (dict, set)):
+            layer.__dict__[name] = state[name].copy()
+    new.__dict__.update(state)
+    for key, hook in new._load_state_dict_pre_hooks.items():
+        if hook.with_module:  # a weak reference to it, which would die with `layer`
+            new._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, new)
+    return new
+
+
 class ApproxLayer(nn.Module):
     """Mixin placed before a torch layer with `weight` and `bias`; adds modes and the integer path.
 
@@ -75,7 +89,7 @@ class ApproxLayer(nn.Module):
     ``calibrated`` bool. Weight scales follow the weights; activation scales are set by `approxconv.calibrate`.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     _channel_dim: int
 
@@ -85,7 +99,7 @@ class ApproxLayer(nn.Module):
         self.engine = engine
         self.observing = False
         self.multiplier_name = multiplier.name
-        device, channels = self.weight.device, self.weight.shape[0]
+        device, channels = (None, ()) if self.weight is None else (self.weight.device, self.weight.shape[:1])
         signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
         self.activation_format = OperandFormat(multiplier.a_bits, multiplier.a_signed)
         self.weight_format = OperandFormat(multiplier.w_bits, multiplier.w_signed)
@@ -102,17 +116,8 @@ class ApproxLayer(nn.Module):
         self.register_forward_pre_hook(_no_op)
 
     def _adopt(self, layer: nn.Module, multiplier: Multiplier | str, mode: str, engine: str) -> ApproxLayer:
-        """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
-        state = layer.__getstate__()  # without its compiled call
-        # The dicts of hooks move, so that their handles still remove them, and `layer` keeps copies.
-        for name, value in vars(nn.Module()).items():
-            if isinstance(value, (dict, set)):
-                layer.__dict__[name] = state[name].copy()
-        self.__dict__.update(state)
-        for key, hook in self._load_state_dict_pre_hooks.items():
-            if hook.with_module:  # a weak reference to it, which would die with `layer`
-                self._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, self)
-        self._init_approx(multiplier, mode, engine)
+        """Become `layer`, on its device."""
+        adopt(self, layer)._init_approx(multiplier, mode, engine)
         self.activation_observer.train(self.training)
         return self
 
@@ -157,12 +162,19 @@ class ApproxLayer(nn.Module):
             if self.observing:
                 self.activation_observer(input.detach().float())
             return super().forward(input)
+        self._require_calibration()
+        return self._integer_forward(input).to(input.dtype)
+
+    def observers(self) -> list[nn.Module]:
+        """The observers of the ranges that calibration sets."""
+        return [self.activation_observer]
+
+    def _require_calibration(self) -> None:
         if not host_int(self.calibrated):
             raise RuntimeError(
                 f"{type(self).__name__} in mode {self.mode!r} has no activation range yet: run "
                 "approxconv.calibrate(model, batches) first, or load a calibrated state_dict"
             )
-        return self._integer_forward(input).to(input.dtype)
 
     def has_observed(self) -> bool:
         """Whether a batch reached this layer since its observer was reset.
@@ -172,14 +184,15 @@ class ApproxLayer(nn.Module):
         ValueError
             One did, with values that are not finite.
         """
-        low, high = self.activation_observer.min_val, self.activation_observer.max_val
-        if low > high:  # as initialised
-            return False
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(
-                f"batches drove a {type(self).__name__} with values from {low.item()} to {high.item()}; they must be "
-                "finite"
-            )
+        for observer in self.observers():
+            low, high = observer.min_val, observer.max_val
+            if low > high:  # as initialised
+                return False
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ValueError(
+                    f"batches drove a {type(self).__name__} with values from {low.item()} to {high.item()}; they must "
+                    "be finite"
+                )
         return True
 
     @torch.no_grad()
@@ -249,11 +262,11 @@ class ApproxLayer(nn.Module):
             w = torch.fake_quantize_per_channel_affine(
                 self.weight.float(), weight.scale, weight.zero_point, 0, w_format.low, w_format.high
             )
-            output = _StraightThrough.apply(
+            output = StraightThrough.apply(
                 x, w, sums, scale, codes, self.activation_scale.clone(), zero_point, self._gradient
             )
         else:
-            output = _rescaled(sums, scale)
+            output = rescaled(sums, scale)
         return output if self.bias is None else output + self.bias.float().view(column)
 
     def train(self, mode: bool = True) -> ApproxLayer:
@@ -262,9 +275,13 @@ class ApproxLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxLayer:
-        observer = self.activation_observer._buffers
         kept = [(self._buffers, name, self._buffers[name]) for name in _SCALES]
-        kept += [(observer, name, value) for name, value in observer.items() if value.is_floating_point()]
+        kept += [
+            (observer._buffers, name, value)
+            for observer in self.observers()
+            for name, value in observer._buffers.items()
+            if value.is_floating_point()
+        ]
         super()._apply(fn, recurse)
         for buffers, name, value in kept:  # half() is about weights; an 11-bit scale would shift every code
             if buffers[name].dtype != value.dtype:
@@ -276,7 +293,7 @@ class ApproxLayer(nn.Module):
         return {**super().__getstate__(), "_quantized": None}
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if not self.weight.is_meta:
+        if self.weight is not None and not self.weight.is_meta:
             self.quantized_weight()  # the scales that are saved are those of the weights that are saved
         super()._save_to_state_dict(*args)
 
@@ -305,12 +322,12 @@ def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that keeps torch's fused inference paths, which read `weight` and skip modules without hooks, away."""
 
 
-def _rescaled(sums: Tensor, scale: Tensor) -> Tensor:
+def rescaled(sums: Tensor, scale: Tensor) -> Tensor:
     """Integer sums as real numbers, a new tensor."""
     return sums.float().mul_(scale)
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """The looked-up output forward; backward as if the fake-quantised operands had been multiplied exactly."""
 
     @staticmethod
@@ -325,14 +342,16 @@ class _StraightThrough(torch.autograd.Function):
         zero_point: int,
         gradient: Callable[..., tuple[Tensor | None, Tensor | None]],
     ) -> Tensor:
+        """``sums · output_scale``."""
         # The codes stand for x: a byte an element instead of a float.
         save_operands(ctx, codes, w)
         ctx.scale, ctx.zero_point, ctx.gradient = scale, zero_point, gradient
-        return _rescaled(sums, output_scale)
+        return rescaled(sums, output_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """`gradient` of the operands."""
         x, w = saved_operands(ctx, grad)
         needs = wanted(ctx)
         if needs[1]:
