@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..multiplier import Multiplier
 from .composite import ApproxComposite
@@ -91,19 +92,7 @@ class ApproxAttention(ApproxComposite):
     ``weights = softmax(scale·(Q·Kᵀ) + mask)`` and ``output = weights·V``: Q·Kᵀ and weights·V as `ApproxMatmul` computes
     them, each operand with its own scale, the softmax in float32.
 
-    Parameters
-    ----------
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `ApproxLayer`'s, which both products share.
     """
 
     def _init_products(self, **arguments: Any) -> None:
@@ -115,27 +104,17 @@ class ApproxAttention(ApproxComposite):
         return attention(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
 
 
+class ApproxOutProjection(ApproxLinear, NonDynamicallyQuantizableLinear):
+    """The `ApproxLinear` of `ApproxMultiheadAttention`, where torch has a linear layer of this kind."""
+
+
 class ApproxMultiheadAttention(ApproxComposite, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose products come from a multiplier's table.
 
     The four projections are computed as `ApproxLinear` does and Q·Kᵀ and weights·V as `ApproxMatmul` does, each operand
     with its own scale; the softmax is float32. In every mode a query that may attend to nothing gets zeros.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.MultiheadAttention`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.MultiheadAttention`'s and `ApproxLayer`'s, which all of its products share.
     """
 
     def _init_products(self, **arguments: Any) -> None:
@@ -144,7 +123,7 @@ class ApproxMultiheadAttention(ApproxComposite, nn.MultiheadAttention):
             weight = ("in_proj_weight", rows) if self._qkv_same_embed_dim else (f"{name}_proj_weight", None)
             projection = ApproxProjection(self, weight, ("in_proj_bias", rows), **arguments)
             setattr(self, f"{name}_proj", projection)
-        self.out_proj = ApproxLinear.from_float(self.out_proj, **arguments)
+        self.out_proj = ApproxOutProjection.from_float(self.out_proj, **arguments)
         self.attention = ApproxAttention(**arguments).to(self.out_proj.weight.device)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:

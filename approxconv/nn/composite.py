@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from ..gradients import GradientTables
 from ..multiplier import Multiplier
-from .layer import ApproxLayer, adopt
+from ..quantization import Quantization
+from .layer import ApproxLayer, move, names_of
 
 
 class ApproxComposite(nn.Module):
@@ -21,25 +23,63 @@ class ApproxComposite(nn.Module):
         self,
         *args: Any,
         multiplier: Multiplier | str,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
         mode: str = "approximate",
         engine: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_products(multiplier=multiplier, mode=mode, engine=engine)
+        self._init(multiplier, mode, engine, quantization, gradient)
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        multiplier: Multiplier | str,
+        *,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
+        mode: str = "approximate",
+        engine: str = "auto",
+    ) -> ApproxComposite:
+        """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
+        new = cls.__new__(cls)
+        move(layer, new)
+        new._init(multiplier, mode, engine, quantization, gradient)
+        return new
+
+    def to_float(self) -> nn.Module:
+        """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
+        stock = next(kind for kind in type(self).__mro__ if not issubclass(kind, ApproxComposite))
+        layer = stock.__new__(stock)
+        move(self, layer)
+        for store, name in self._own_names:
+            (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
+        for name, child in layer._modules.items():
+            if isinstance(child, ApproxLayer):
+                layer._modules[name] = child.to_float()
+        return layer
+
+    def _init(
+        self,
+        multiplier: Multiplier | str,
+        mode: str,
+        engine: str,
+        quantization: Quantization | None,
+        gradient: str | GradientTables,
+    ) -> None:
+        stock = names_of(self)
+        self._init_products(
+            multiplier=multiplier, mode=mode, engine=engine, quantization=quantization, gradient=gradient
+        )
+        for layer in self.products().values():
+            layer.train(self.training)
+        self._own_names = {*(names_of(self) - stock), (None, "_own_names")}
 
     def _init_products(self, **arguments: Any) -> None:
         """Make the inner layers."""
         raise NotImplementedError
-
-    @classmethod
-    def from_float(
-        cls, layer: nn.Module, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
-    ) -> ApproxComposite:
-        """Take over a stock layer: the same parameters, not copies, and its hooks."""
-        new = adopt(cls.__new__(cls), layer)
-        new._init_products(multiplier=multiplier, mode=mode, engine=engine)
-        return new
 
     def products(self) -> dict[str, ApproxLayer]:
         """The inner layers by name."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..multiplier import Multiplier
 from .linear import ApproxLinear
 
 
@@ -23,8 +22,8 @@ class ApproxProjection(ApproxLinear):
     weight, bias : (str, slice or None)
         Name of the owner's parameter, ``(N, K)`` and ``(N,)`` or None, and its rows that belong to this product; None
         are all.
-    multiplier, mode, engine
-        `ApproxLinear`'s.
+    **arguments
+        `ApproxLayer`'s.
     """
 
     def __init__(
@@ -32,15 +31,13 @@ class ApproxProjection(ApproxLinear):
         owner: nn.Module,
         weight: tuple[str, slice | None],
         bias: tuple[str, slice | None],
-        *,
-        multiplier: Multiplier | str,
         **arguments: Any,
     ) -> None:
         nn.Module.__init__(self)
         self._owner = (owner,)  # in a tuple it is no submodule
         self._weight, self._bias = weight, bias
         self.out_features, self.in_features = self.weight.shape
-        self._init_approx(multiplier, **arguments)
+        self._init_approx(**arguments)
 
     def _parameter(self, name: str, rows: slice | None) -> Tensor | None:
         parameter = getattr(self._owner[0], name)
@@ -55,3 +52,10 @@ class ApproxProjection(ApproxLinear):
     def bias(self) -> Tensor | None:
         """``(N,)``, the owner's, or None."""
         return self._parameter(*self._bias)
+
+    def _operands(self) -> list[Tensor]:
+        return [self.weight, *super()._operands()]
+
+    def to_float(self) -> nn.Module:
+        """There is no stock layer of such a kind; its owner has one."""
+        raise ValueError("a projection has no stock layer of its own: convert the module that it is part of")

@@ -40,21 +40,7 @@ class ApproxLSTMCell(_ApproxCell, nn.LSTMCell):
     ``i, f, g, o = W_ih·x + b_ih + W_hh·h + b_hh``, both products as `ApproxLinear` computes them, each with its own
     activation scale; then ``c' = σ(f)·c + σ(i)·tanh(g)`` and ``h' = σ(o)·tanh(c')`` in floating point.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.LSTMCell`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.LSTMCell`'s and `ApproxLayer`'s, which both products share.
     """
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -81,21 +67,7 @@ class ApproxGRUCell(_ApproxCell, nn.GRUCell):
     `ApproxLinear` computes them, those of x with one activation scale and those of h with another; then
     ``h' = n + z·(h − n)`` in floating point.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.GRUCell`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.GRUCell`'s and `ApproxLayer`'s, which both products share.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
