@@ -16,6 +16,7 @@ from ..gradients import GradientTables, GradientTerms, check_gradient, gradient_
 from ..multiplier import Multiplier, check_table_shape, prepare
 from ..operators.straight_through import or_placeholder
 from ..quantization import (
+    OperandFormat,
     Quantization,
     QuantizedWeight,
     activation_observer,
@@ -179,7 +180,7 @@ class ApproxLayer(nn.Module):
         self._gradient_kind = _fitting(gradient, multiplier)
         self.observing = False
         self.quantization = quantization
-        self.multiplier_name = multiplier.name
+        self.multiplier_name, self.multiplier_info = multiplier.name, multiplier.info
         self.activation_format, self.weight_format = formats
         self._quantized: tuple[Tensor, tuple[int, ...] | None, QuantizedWeight] | None = None
         device = torch.get_default_device() if self.weight is None else self.weight.device
@@ -282,7 +283,13 @@ class ApproxLayer(nn.Module):
             a_signed=self.activation_format.signed,
             w_signed=self.weight_format.signed,
             name=self.multiplier_name,
+            info=self.multiplier_info,
         )
+
+    def check_multiplier(self, multiplier: Multiplier) -> tuple[OperandFormat, OperandFormat]:
+        """The operand formats that `set_multiplier` would give the layer, or its ValueError."""
+        _fitting(self._gradient_kind, multiplier)
+        return self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
 
     def set_multiplier(self, multiplier: Multiplier | str) -> None:
         """Look up in another table from now on; weights stay what and where they are.
@@ -297,12 +304,11 @@ class ApproxLayer(nn.Module):
             has changed.
         """
         multiplier = as_multiplier(multiplier)
-        formats = self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
-        _fitting(self._gradient_kind, multiplier)
+        formats = self.check_multiplier(multiplier)
         device, same = self.table.device, check_table_shape(self.table) == multiplier.bits
         same = same and formats == (self.activation_format, self.weight_format)
         self.table = multiplier.table.to(device, copy=True)
-        self.multiplier_name = multiplier.name
+        self.multiplier_name, self.multiplier_info = multiplier.name, multiplier.info
         if not same:
             self.activation_format, self.weight_format = formats
             self.operands_signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
@@ -644,7 +650,7 @@ class ApproxLayer(nn.Module):
             return
         loads = table is not None and table.shape == self.table.shape
         if loads and (self.table.is_meta or not torch.equal(table, self.table.to(table))):
-            self.multiplier_name = ""
+            self.multiplier_name, self.multiplier_info = "", {}
         for name in self._scale_names():  # a scale that is learned here may have been computed there, and vice versa
             saved, here = state_dict.get(f"{prefix}{name}"), getattr(self, name)
             if saved is not None and saved.numel() == here.numel():
