@@ -19,7 +19,7 @@ from .matmul import ApproxMatmul
 from .projection import ApproxProjection
 
 _IMPLEMENTATION = "approxconv"
-_CHILD = "approx_attention"
+ATTENTION_CHILD = "approx_attention"
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -250,7 +250,7 @@ def _attention_function(
     mask = attention_mask
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
-    attend = getattr(module, _CHILD, attention)
+    attend = getattr(module, ATTENTION_CHILD, attention)
     dropout = dropout if module.training else 0.0
     output, weights = attend(query, key, value, mask, dropout, scaling, softcap=softcap)
     return output.transpose(1, 2).contiguous(), weights
@@ -272,6 +272,12 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if "ALL_ATTENTION_FUNCTIONS" in unwrap(type(module).forward).__code__.co_names
     }
+
+
+def check_attention(name: str, module: nn.Module) -> None:
+    """Raise a ValueError if `approximate_attention` cannot stand for what an attention module computes."""
+    if getattr(module, "sinks", None) is not None:
+        raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
 
 
 def approximate_attention(
@@ -310,7 +316,7 @@ def approximate_attention(
         multiplier = dict.fromkeys(modules, multiplier)
     former = {}
     for module in modules.values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         former.setdefault(id(module.config), module.config._attn_implementation)
         if child is not None:
             former[id(module.config)] = child.implementation
@@ -319,13 +325,12 @@ def approximate_attention(
         if name not in modules:
             raise ValueError(f"multiplier must name attention modules, got {name!r}; there are {', '.join(modules)}")
         module = modules[name]
-        if getattr(module, "sinks", None) is not None:
-            raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
-        if not hasattr(module, _CHILD):
+        check_attention(name, module)
+        if not hasattr(module, ATTENTION_CHILD):
             added[name] = HuggingFaceAttention(former[id(module.config)], multiplier=choice, **arguments)
     for name, child in added.items():
         child.train(modules[name].training).to(next(modules[name].parameters()).device)
-        setattr(modules[name], _CHILD, child)
+        setattr(modules[name], ATTENTION_CHILD, child)
         modules[name].config._attn_implementation = _IMPLEMENTATION
     return added
 
@@ -333,7 +338,7 @@ def approximate_attention(
 def restore_attention(model: nn.Module) -> None:
     """Undo `approximate_attention`, in place."""
     for module in attention_modules(model).values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         if child is not None:
             module.config._attn_implementation = child.implementation
-            delattr(module, _CHILD)
+            delattr(module, ATTENTION_CHILD)

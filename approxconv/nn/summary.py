@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .._display import Shown, html_table, printable, titled
 from ..engines import EngineError
 from ..multiplier import Multiplier
+from .composite import ApproxComposite
 from .convert import as_float, convertible_layers, exact_products, run_batch
 from .layer import ApproxLayer, as_multiplier
 
@@ -196,7 +197,12 @@ def model_summary(model: nn.Module, input: Any = None, *, exact: Multiplier | st
     >>> summary.macs, summary[0].output_shape
     (13824, (1, 8, 8, 8))
     """
-    layers = convertible_layers(model)
+    convertible = convertible_layers(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ApproxLayer) or (name in convertible and not isinstance(module, ApproxComposite))
+    }
     if not layers:
         raise ValueError("model has no layer that is approximate or could be")
     multipliers = {name: layer.multiplier for name, layer in layers.items() if isinstance(layer, ApproxLayer)}

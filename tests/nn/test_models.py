@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import approxconv
 from approxconv import Multiplier
-from approxconv.nn import ApproxConv2d, ApproxLayer, approx_layers
+from approxconv.nn import ApproxConv2d, ApproxLayer, approx_layers, attention_modules
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[test]'")
 
@@ -105,7 +105,9 @@ def pair(request):
 def test_every_layer_is_converted(pair):
     model, approx, _ = pair
     stock = [name for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
-    assert list(approx_layers(approx)) == stock
+    attention = [f"{name}.approx_attention.{product}" for name in attention_modules(model) for product in ("qk", "av")]
+    assert set(approx_layers(approx)) == {*stock, *attention}
+    assert len(attention) == {"bert": 4, "vit": 4}.get(model.config.model_type, 0)
     assert all(layer.calibrated for layer in approx_layers(approx).values())
 
 
@@ -117,10 +119,14 @@ def test_exact_products_are_those_of_quantized_mode(pair):
     assert 0 < (quantized - expected).norm() < 0.2 * expected.norm()
 
 
-def fake_quantized(layer, x):
+def fake_quantized(layer, x, other=None):
     """The layer's output as torch's fake quantisation has it, in double precision."""
     operands = layer.activation_scale, layer.activation_zero_point
     x = torch.fake_quantize_per_tensor_affine(x, *operands, layer.activation_format.low, layer.activation_format.high)
+    if other is not None:
+        operands = layer.weight_scale, layer.weight_zero_point
+        limits = layer.weight_format.low, layer.weight_format.high
+        return (x.double() @ torch.fake_quantize_per_tensor_affine(other, *operands, *limits).double()).float()
     twin = copy.deepcopy(layer).to_float().double()
     twin.weight.data = torch.fake_quantize_per_channel_affine(
         layer.weight, layer.weight_scale, layer.weight_zero_point, 0, layer.weight_format.low, layer.weight_format.high
@@ -132,15 +138,15 @@ def test_each_layer_is_its_fake_quantized_twin(pair):
     _, approx, batch = pair
     seen = {}
     handles = [
-        layer.register_forward_hook(lambda layer, args, output: seen.__setitem__(layer, (args[0], output)))
+        layer.register_forward_hook(lambda layer, args, output: seen.__setitem__(layer, (args, output)))
         for layer in approx_layers(approx).values()
     ]
     logits(approxconv.set_mode(approx, "approximate"), batch)
     for handle in handles:
         handle.remove()
     assert len(seen) == len(handles)
-    for layer, (x, output) in seen.items():
-        expected = fake_quantized(layer, x)
+    for layer, (args, output) in seen.items():
+        expected = fake_quantized(layer, *args)
         assert (output - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -167,41 +173,48 @@ def test_copies_and_checkpoints(pair):
 # A slow oracle
 
 
-def oracle(layer, x):
-    """Quantise, then for every output one product after the other in Python integers; rescale."""
-    is_conv = isinstance(layer, ApproxConv2d)
-    formats = layer.activation_format, layer.weight_format
-    zx, zw = int(layer.activation_zero_point), layer.weight_zero_point.tolist()
-    xq = (x * layer.activation_scale.reciprocal()).round().add(zx).clamp(formats[0].low, formats[0].high).long()
-    scale = layer.weight_scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    zero = layer.weight_zero_point.view(scale.shape)
-    wq = (layer.weight.detach() * scale.reciprocal()).round().add(zero).clamp(formats[1].low, formats[1].high).long()
-    table, masks = layer.multiplier.table.tolist(), [2**f.bits - 1 for f in formats]
+def codes(real, operand, scale, zero_point):
+    return (real.detach() * scale.reciprocal()).round().add(zero_point).clamp(operand.low, operand.high).long()
 
-    def products(inputs, filters, out):
+
+def oracle(layer, x, other=None):
+    """Quantise, then for every output one product after the other in Python integers; rescale."""
+    zx = int(layer.activation_zero_point)
+    xq = codes(x, layer.activation_format, layer.activation_scale, zx)
+    weight = layer.weight if other is None else other.mT
+    column = (-1, *[1] * (weight.ndim - 1)) if other is None else ()
+    scale, zero = layer.weight_scale.view(column), layer.weight_zero_point.view(column)
+    wq = codes(weight, layer.weight_format, scale, zero)
+    table = layer.multiplier.table.tolist()
+    masks = [side - 1 for side in layer.table.shape]
+
+    def products(inputs, filters, zw):
         return sum(
-            table[a & masks[0]][w & masks[1]] - zx * w - zw[out] * a + zx * zw[out]
-            for a, w in zip(inputs, filters, strict=True)
+            table[a & masks[0]][w & masks[1]] - zx * w - zw * a + zx * zw for a, w in zip(inputs, filters, strict=True)
         )
 
-    if not is_conv:
-        rows = xq.flatten(0, -2).tolist()
-        sums = [[products(row, filters, out) for out, filters in enumerate(wq.tolist())] for row in rows]
-        sums = torch.tensor(sums).view(*x.shape[:-1], -1)
+    zw = zero.flatten().tolist()
+    if other is not None:
+        pairs = zip(xq.flatten(0, -3).tolist(), wq.flatten(0, -3).tolist(), strict=True)
+        sums = [[[products(row, other, zw[0]) for other in lanes] for row in rows] for rows, lanes in pairs]
+        return torch.tensor(sums).view(*x.shape[:-1], -1).float() * (layer.activation_scale * layer.weight_scale)
+    if not isinstance(layer, ApproxConv2d):
+        rows, filters = xq.flatten(0, -2).tolist(), list(zip(wq.tolist(), zw, strict=True))
+        sums = torch.tensor([[products(row, *lane) for lane in filters] for row in rows]).view(*x.shape[:-1], -1)
         column = (-1,)
     else:
         (ph, pw), (sh, sw), (dh, dw) = layer.padding, layer.stride, layer.dilation
-        codes = F.pad(xq, (pw, pw, ph, ph), value=zx)
+        xq = F.pad(xq, (pw, pw, ph, ph), value=zx)
         kh, kw = layer.kernel_size
-        height = (codes.shape[2] - dh * (kh - 1) - 1) // sh + 1
-        width = (codes.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        height = (xq.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        width = (xq.shape[3] - dw * (kw - 1) - 1) // sw + 1
         sums = torch.empty(len(x), layer.out_channels, height, width, dtype=torch.long)
         channels = layer.in_channels // layer.groups
         for b, o, i, j in itertools.product(*map(range, sums.shape)):
             first = o // (layer.out_channels // layer.groups) * channels
-            window = codes[b, first : first + channels, i * sh :, j * sw :]
+            window = xq[b, first : first + channels, i * sh :, j * sw :]
             window = window[:, : dh * (kh - 1) + 1 : dh, : dw * (kw - 1) + 1 : dw]
-            sums[b, o, i, j] = products(window.flatten().tolist(), wq[o].flatten().tolist(), o)
+            sums[b, o, i, j] = products(window.flatten().tolist(), wq[o].flatten().tolist(), zw[o])
         column = (-1, 1, 1)
     output = sums.float() * (layer.activation_scale * layer.weight_scale).view(column)
     return output if layer.bias is None else output + layer.bias.detach().view(column)
