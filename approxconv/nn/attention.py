@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from inspect import unwrap
+from inspect import getattr_static, unwrap
 from typing import Any
 
 import torch
@@ -265,12 +265,15 @@ def _register() -> None:
     AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
 
 
+def _code_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names that the forward method of a class reads; none if it is not written in Python."""
+    return getattr(getattr(unwrap(getattr_static(kind, "forward")), "__code__", None), "co_names", ())
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of Hugging Face models that call a registered attention function, by name."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if "ALL_ATTENTION_FUNCTIONS" in unwrap(type(module).forward).__code__.co_names
+        name: module for name, module in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _code_names(type(module))
     }
 
 

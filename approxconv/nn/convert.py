@@ -163,11 +163,10 @@ def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
     found, inside = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, (ApproxLayer, ApproxComposite)):
-            if isinstance(module, ApproxComposite):
-                inside.update(module.modules())
-                inside.discard(module)
             if module not in inside and not isinstance(module, HuggingFaceAttention):
                 found[name] = module
+            if isinstance(module, ApproxComposite):
+                inside.update(module.modules())
         elif parametrize.type_before_parametrizations(module) in LAYERS:
             found[name] = module
     return found
