@@ -100,6 +100,11 @@ def quantize_weight(weight: Tensor, operand: OperandFormat) -> QuantizedWeight:
     return QuantizedWeight(codes, scale, zero_point.int(), codes.flatten(1).sum(1, dtype=torch.int64))
 
 
+def sum_dtype(bound: int) -> torch.dtype:
+    """int32 where it holds every integer of at most this magnitude, else int64."""
+    return torch.int32 if bound < 2**31 else torch.int64
+
+
 def remove_zero_points(
     sums: Tensor,
     weight: QuantizedWeight,
@@ -113,7 +118,7 @@ def remove_zero_points(
     Parameters
     ----------
     sums : Tensor
-        int32 ``Σ table[xq, wq]``; may be overwritten.
+        int32 or int64 ``Σ table[xq, wq]``; may be overwritten.
     weight : QuantizedWeight
         Of K weights a channel.
     x_zero_point : int
@@ -130,7 +135,7 @@ def remove_zero_points(
     Tensor
         int32 or int64, of sums' shape.
     """
-    dtype = torch.int32 if bound < 2**31 else torch.int64
+    dtype = sum_dtype(bound)
     depth = weight.codes[0].numel()
     if x_zero_point:
         constant = depth * x_zero_point * weight.zero_point.long() - x_zero_point * weight.sums
@@ -142,17 +147,17 @@ def remove_zero_points(
 
 def window_sums(
     codes: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     pad: int,
 ) -> Tensor:
-    """``Σ_k xq`` over each receptive field: codes ``(B, C, H, W)`` to int32 ``(B, groups, H', W')``."""
+    """``Σ_k xq`` over each receptive field: codes ``(B, C, *size)`` to int32 ``(B, groups, *output)``."""
     sums = codes.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
     border = pad * (codes.shape[1] // groups)
-    sums = torch.nn.functional.pad(sums, (padding[1], padding[1], padding[0], padding[0]), value=border)
+    sums = torch.nn.functional.pad(sums, [p for p in reversed(padding) for _side in range(2)], value=border)
     for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         sums = sums.unfold(dim, d * (k - 1) + 1, s)[..., ::d].sum(-1, dtype=torch.int32)
     return sums

@@ -19,11 +19,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..engines import check_engine
 from ..multiplier import Multiplier
-from .conv import ApproxConv2d
+from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
+from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
 
-LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
+LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
+    nn.Conv1d: ApproxConv1d,
+    nn.Conv2d: ApproxConv2d,
+    nn.Conv3d: ApproxConv3d,
+    nn.ConvTranspose1d: ApproxConvTranspose1d,
+    nn.ConvTranspose2d: ApproxConvTranspose2d,
+    nn.ConvTranspose3d: ApproxConvTranspose3d,
+    nn.Linear: ApproxLinear,
+}
 _UNDO = {
     BasePruningMethod: "torch.nn.utils.prune.remove(layer, {!r})",
     SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer)",

@@ -85,7 +85,7 @@ class ApproxLayer(nn.Module):
         self.engine = engine
         self.observing = False
         self.multiplier_name = multiplier.name
-        device, channels = self.weight.device, self.weight.shape[0]
+        device, channels = self.weight.device, self._filters(self.weight).shape[0]
         signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
         self.activation_format = OperandFormat(multiplier.a_bits, multiplier.a_signed)
         self.weight_format = OperandFormat(multiplier.w_bits, multiplier.w_signed)
@@ -145,7 +145,7 @@ class ApproxLayer(nn.Module):
         )
 
     @eagerly
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *geometry: Any) -> Tensor:
         """Apply the layer in its mode; shapes as the torch layer's. Inside a compiled model it runs as it is.
 
         Raises
@@ -156,13 +156,13 @@ class ApproxLayer(nn.Module):
         if self.mode == "float":
             if self.observing:
                 self.activation_observer(input.detach().float())
-            return super().forward(input)
+            return super().forward(input, *geometry)
         if not host_int(self.calibrated):
             raise RuntimeError(
                 f"{type(self).__name__} in mode {self.mode!r} has no activation range yet: run "
                 "approxconv.calibrate(model, batches) first, or load a calibrated state_dict"
             )
-        return self._integer_forward(input).to(input.dtype)
+        return self._integer_forward(input, *geometry).to(input.dtype)
 
     def has_observed(self) -> bool:
         """Whether a batch reached this layer since its observer was reset.
@@ -202,7 +202,7 @@ class ApproxLayer(nn.Module):
             state = (self.weight._version, self.weight.data_ptr())
         known = self._quantized
         if known is None or state is None or known[0] is not self.weight or known[1] != state:
-            quantized = quantize_weight(self.weight, self.weight_format)
+            quantized = quantize_weight(self._filters(self.weight), self.weight_format)
             with torch.no_grad():
                 self.weight_scale.copy_(quantized.scale)
                 self.weight_zero_point.copy_(quantized.zero_point)
@@ -217,7 +217,11 @@ class ApproxLayer(nn.Module):
         exact = Multiplier.exact(tuple(f.bits for f in formats), *(f.signed for f in formats))
         return exact.on(self.table.device)
 
-    def _integer_forward(self, input: Tensor) -> Tensor:
+    def _filters(self, weight: Tensor) -> Tensor:
+        """The weight ``(O, ...)``, output channels first, for the quantiser and the operator."""
+        return weight
+
+    def _integer_forward(self, input: Tensor, *geometry: Any) -> Tensor:
         """Quantise, look up and add, take the zero points out, rescale, add the bias.
 
         The layer supplies its operator: ``operand_shapes(input_shape)``, those of both operands and a convolution's
@@ -233,10 +237,10 @@ class ApproxLayer(nn.Module):
         largest = max(prepare(table).magnitude, 2 ** (self.activation_format.bits + self.weight_format.bits))
         column = (-1, *[1] * (-self._channel_dim - 1))
         sums = remove_zero_points(
-            self._lookup(codes, weight.codes, table, zero_point),
+            self._lookup(codes, weight.codes, table, zero_point, *geometry),
             weight,
             zero_point,
-            None if self.weight_format.signed else self._code_sums(codes, zero_point),
+            None if self.weight_format.signed else self._code_sums(codes, zero_point, *geometry),
             column,
             4 * depth * largest,
         )
@@ -247,7 +251,7 @@ class ApproxLayer(nn.Module):
                 real, self.activation_scale, self.activation_zero_point, x_format.low, x_format.high
             )
             w = torch.fake_quantize_per_channel_affine(
-                self.weight.float(), weight.scale, weight.zero_point, 0, w_format.low, w_format.high
+                self._filters(self.weight).float(), weight.scale, weight.zero_point, 0, w_format.low, w_format.high
             )
             output = _StraightThrough.apply(
                 x, w, sums, scale, codes, self.activation_scale.clone(), zero_point, self._gradient
