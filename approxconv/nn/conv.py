@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import conv_output_size
-from ..multiplier import Multiplier, prepare
 from ..operators.conv2d import conv_gradient
-from ..quantization import sum_dtype, window_sums
+from ..quantization import pad_codes, sum_dtype, window_sums
 from .layer import ApproxLayer
 
 
@@ -24,24 +23,6 @@ class ApproxConvNd(ApproxLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-
-    def __init__(
-        self,
-        *args: Any,
-        multiplier: Multiplier | str,
-        mode: str = "approximate",
-        engine: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_approx(multiplier, mode, engine)
-
-    @classmethod
-    def from_float(
-        cls, layer: nn.Module, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
-    ) -> ApproxConvNd:
-        """Take over a stock layer of the torch class: the same parameters, not copies, and its hooks."""
-        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine)
 
     @property
     def _channel_dim(self) -> int:
@@ -64,13 +45,9 @@ class ApproxConvNd(ApproxLayer):
         """The input with what padding the operator does not do."""
         return input
 
-    def _operands(self, x: Tensor, w: Tensor, pad_code: int) -> tuple[Tensor, Tensor]:
-        """The operator's operands, of codes ``(B, C, *size)`` and ``(O, C/groups, *kernel)``."""
+    def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Any, ...]:
+        """The operator's x and w, of codes ``(B, C, *size)`` and ``(O, C/groups, *kernel)``, and its geometry."""
         raise NotImplementedError
-
-    def _operator_geometry(self) -> tuple[Any, ...]:
-        """The operator's stride, padding, dilation and groups; none for a matrix product."""
-        return ()
 
     def operand_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:
         """Shapes of the operator's x and w for an input of some shape, and stride, padding, dilation and groups.
@@ -80,8 +57,8 @@ class ApproxConvNd(ApproxLayer):
         batch = () if self._is_batched("shape", shape) else (1,)
         x = self._padded(torch.empty(*batch, *shape, device="meta"))
         w = self._filters(torch.empty_like(self.weight, device="meta"))
-        x, w = self._operands(x, w, 0)
-        return tuple(x.shape), tuple(w.shape), self._operator_geometry()
+        x, w, *geometry = self._arguments(x, w, 0)
+        return tuple(x.shape), tuple(w.shape), tuple(geometry)
 
 
 class _Convolution(ApproxConvNd):
@@ -111,22 +88,28 @@ class _Convolution(ApproxConvNd):
             return input
         return nn.functional.pad(input, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
-    def _operands(self, x: Tensor, w: Tensor, pad_code: int) -> tuple[Tensor, Tensor]:
+    def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Any, ...]:
+        stride, padding, dilation, groups = self._conf().values()
+        first = len(padding) if isinstance(pad_code, Tensor) else len(padding) - 2  # that the operator pads itself
+        x = pad_codes(x, [p if dim < first else 0 for dim, p in enumerate(padding)], pad_code)
+        own = [p if dim >= first else 0 for dim, p in enumerate(padding)]
+        return *self._planes(x, w), (1, *stride)[-2:], (0, *own)[-2:], (1, *dilation)[-2:], groups
+
+    def _planes(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded codes and filters in two dimensions."""
         return (x.unsqueeze(-2), w.unsqueeze(-2)) if x.ndim == 3 else (x, w)
 
-    def _operator_geometry(self) -> tuple[Any, ...]:
-        stride, padding, dilation, groups = self._conf().values()
-        return (1, *stride)[-2:], (0, *padding)[-2:], (1, *dilation)[-2:], groups
-
-    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int) -> Tensor:
-        operands, (*geometry, groups) = self._operands(x, w, pad_code), self._operator_geometry()
-        if groups == operands[0].shape[1]:
-            y = torch.ops.approxconv.lut_dwconv2d(*operands, table, *geometry, pad_code, engine=self.engine)
+    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor) -> Tensor:
+        images, filters, *geometry, groups = self._arguments(x, w, pad_code)
+        code = 0 if isinstance(pad_code, Tensor) else pad_code
+        ops = torch.ops.approxconv
+        if groups == images.shape[1]:
+            y = ops.lut_dwconv2d(images, filters, table, *geometry, code, engine=self.engine)
         else:
-            y = torch.ops.approxconv.lut_conv2d(*operands, table, *geometry, groups, pad_code, engine=self.engine)
+            y = ops.lut_conv2d(images, filters, table, *geometry, groups, code, engine=self.engine)
         return y.squeeze(-2) if x.ndim == 3 else y
 
-    def _code_sums(self, x: Tensor, zero_point: int) -> Tensor:
+    def _code_sums(self, x: Tensor, zero_point: int | Tensor) -> Tensor:
         sums = window_sums(x, self.kernel_size, pad=zero_point, **self._conf())
         return sums.repeat_interleave(self.out_channels // self.groups, dim=1) if self.groups > 1 else sums
 
@@ -150,21 +133,7 @@ class ApproxConv2d(_Convolution, nn.Conv2d):
     ``y[b, o] = sx·sw[o] · (Σ table[xq, wq] − zx·Σwq − zw[o]·Σxq + K·zx·zw[o]) + bias[o]``,
     sums over channels and taps, padded positions holding zx as in hardware.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.Conv2d`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.Conv2d`'s and `ApproxLayer`'s.
     """
 
 
@@ -182,28 +151,28 @@ class ApproxConv3d(_Convolution, nn.Conv3d):
     def _is_depthwise(self) -> bool:
         return 1 < self.groups == self.in_channels
 
-    def _operands(self, x: Tensor, w: Tensor, pad_code: int) -> tuple[Tensor, Tensor]:
-        conf = self._conf()
-        depth, step, kernel = conf["padding"][0], self.dilation[0], self.kernel_size[0]
-        x = nn.functional.pad(x, (0, 0, 0, 0, depth, depth), value=pad_code)
-        conv_output_size(x.shape[2:], self.kernel_size, self.stride, (0, *conf["padding"][1:]), self.dilation)
+    def _planes(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_depthwise:
-            return x.transpose(1, 2).flatten(0, 1), w.reshape(-1, 1, *self.kernel_size[1:])
-        taps = x.unfold(2, step * (kernel - 1) + 1, self.stride[0])[..., ::step]  # (B, C, D', H, W, kd)
+            return x.transpose(1, 2).flatten(0, 1), w.reshape(-1, 1, *w.shape[3:])
+        step = self.dilation[0]
+        conv_output_size(x.shape[2:3], w.shape[2:3], self.stride[:1], (0,), (step,))  # or its ValueError
+        taps = x.unfold(2, step * (w.shape[2] - 1) + 1, self.stride[0])[..., ::step]  # (B, C, D', H, W, kd)
         return taps.permute(0, 2, 1, 5, 3, 4).flatten(0, 1).flatten(1, 2), w.flatten(1, 2)
 
-    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int) -> Tensor:
-        conf, batch = self._conf(), x.shape[0]
-        padding, kernel = conf["padding"][0], self.kernel_size[0]
-        (depth,) = conv_output_size(x.shape[2:3], (kernel,), self.stride[:1], (padding,), self.dilation[:1])
+    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor) -> Tensor:
+        batch, kernel, stride, padding, step = (
+            x.shape[0],
+            w.shape[2],
+            self.stride[0],
+            self._conf()["padding"][0],
+            self.dilation[0],
+        )
+        (depth,) = conv_output_size(x.shape[2:3], (kernel,), (stride,), (padding,), (step,))
         y = super()._lookup(x, w, table, pad_code)
         if not self._is_depthwise:
             return y.unflatten(0, (batch, depth)).transpose(1, 2).contiguous()
-        y = y.unflatten(0, (batch, x.shape[2] + 2 * padding)).unflatten(2, (self.out_channels, kernel))
-        stop = self.stride[0] * (depth - 1) + 1
-        taps = [y[:, t * self.dilation[0] :][:, : stop : self.stride[0], :, t] for t in range(kernel)]
-        dtype = sum_dtype(w[0].numel() * prepare(table).magnitude)
-        sums = taps[0].to(dtype, copy=True)
-        for tap in taps[1:]:
-            sums += tap
+        y = y.unflatten(0, (batch, x.shape[2] + 2 * padding)).unflatten(2, (len(w), kernel))
+        sums = y.new_zeros(batch, depth, *y.shape[2:3], *y.shape[4:], dtype=sum_dtype(self._bound(table, w[0].numel())))
+        for tap in range(kernel):
+            sums += y[:, tap * step :][:, : stride * (depth - 1) + 1 : stride, :, tap]
         return sums.transpose(1, 2).contiguous()

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..multiplier import prepare
 from ..operators.conv2d import conv_gradient
+from ..operators.straight_through import or_placeholder
 from ..quantization import sum_dtype
 from .conv import ApproxConvNd
 
@@ -65,7 +65,7 @@ class _ConvTranspose(ApproxConvNd):
             raise ValueError(f"input and output must not be empty, got {tuple(input.shape)} and an output of {size}")
         return super()._integer_forward(input, size)
 
-    def _operands(self, x: Tensor, w: Tensor, pad_code: int) -> tuple[Tensor, Tensor]:
+    def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Tensor, Tensor]:
         """``(g, B·size, C/g)`` and ``(g, kernel·O/g, C/g)``."""
         rows = x.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
         return rows, w.unflatten(0, (self.groups, -1)).flatten(3).permute(0, 3, 1, 2).flatten(1, 2)
@@ -81,20 +81,22 @@ class _ConvTranspose(ApproxConvNd):
             y[(..., *outputs, slice(None))] += columns[(..., *inputs, n, slice(None))]
         return y.movedim(-1, 1).movedim(2, 0).flatten(1, 2).contiguous()
 
-    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int, output: Sequence[int]) -> Tensor:
-        columns = torch.ops.approxconv.lut_matmul(*self._operands(x, w, pad_code), table, engine=self.engine)
+    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor, output: Sequence[int]) -> Tensor:
+        columns = torch.ops.approxconv.lut_matmul(*self._arguments(x, w, pad_code), table, engine=self.engine)
         columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (math.prod(self.kernel_size), -1))
-        dtype = sum_dtype(w[0].numel() * max(prepare(table).magnitude, table.numel()))
+        dtype = sum_dtype(self._bound(table, w[0].numel()))
         sums = self._overlap_add(columns, output, dtype)
-        if pad_code:  # each of K products has its zero point taken out: one that is missing counts as an exact zx·wq
-            of_taps = self._operands(x, w, pad_code)[1].sum(-1, dtype=torch.int32).unflatten(-1, columns.shape[-2:])
+        if (
+            isinstance(pad_code, Tensor) or pad_code
+        ):  # each of K products has its zero point taken out: one that is missing counts as an exact zx·wq
+            of_taps = self._arguments(x, w, pad_code)[1].sum(-1, dtype=torch.int32).unflatten(-1, columns.shape[-2:])
             of_taps = of_taps.view(self.groups, 1, *[1] * len(output), *columns.shape[-2:])
             of_taps = self._overlap_add(of_taps.expand(-1, -1, *x.shape[2:], -1, -1), output, dtype)
             whole = w.flatten(1).sum(1, dtype=dtype).view(-1, *[1] * len(output))
             sums += pad_code * (whole - of_taps)
         return sums
 
-    def _code_sums(self, x: Tensor, zero_point: int, output: Sequence[int]) -> Tensor:
+    def _code_sums(self, x: Tensor, zero_point: int | Tensor, output: Sequence[int]) -> Tensor:
         channels, taps = self.in_channels // self.groups, math.prod(self.kernel_size)
         sums = x.unflatten(1, (self.groups, -1)).sum(2, dtype=torch.int32) - channels * zero_point
         columns = sums.transpose(0, 1)[..., None, None].expand(*[-1] * (sums.ndim), taps, 1)
@@ -108,6 +110,15 @@ class _ConvTranspose(ApproxConvNd):
         extra = [n - least for n, least in zip(grad.shape[2:], self._smallest_output(x.shape[2:]), strict=True)]
         grad_x, grad_w = conv_gradient(grad, x, self._filters(w), conf, needs, extra)
         return grad_x, None if grad_w is None else self._filters(grad_w)
+
+    def _fan_in(self, depth: int, shape: Sequence[int], output: Sequence[int]) -> Tensor:
+        taps = math.prod(self.kernel_size)
+        products = torch.full((1, 1, *[1] * len(output), taps, 1), depth // taps, device=self.table.device)
+        return self._overlap_add(products.expand(-1, -1, *shape[2:], -1, -1), output, torch.int64)
+
+    def _grad_sums(self, grad: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
+        ones, w = grad.new_ones(()).expand(shapes[0]), or_placeholder(None, shapes[1], grad)
+        return self._gradient(grad, ones, w, (False, True))[1]
 
 
 class ApproxConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
@@ -126,21 +137,7 @@ class ApproxConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     meant multiplies each input with each tap and adds products up where they overlap, as this layer does: it inserts no
     zeros, so ``table[zx, wq]`` counts for those inputs only that are zero. Sums are exact integers, rescaled once.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.ConvTranspose2d`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.ConvTranspose2d`'s and `ApproxLayer`'s.
     """
 
 
