@@ -44,6 +44,8 @@ class FoldedBatchNorm(nn.Identity):
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__.startswith(__package__) or super().is_leaf_module(m, module_qualified_name)
 
@@ -124,6 +126,8 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     known: set[nn.Module] = set()
     found: dict[str, str] = {}
     for root, graph in _graphs(traced, set()):
+        if root is traced:  # what it does not call is not used
+            known.update(model.modules())
         for copied_layer, copied_norm in _pairs(root, graph, chosen):
             norm = original[copied_norm]
             known.add(norm)

@@ -32,14 +32,20 @@ from .attention import (
 )
 from .batchnorm import find_batchnorms, fold
 from .composite import ApproxComposite
-from .conv import ApproxConv2d
+from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
+from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
 from .matmul import ApproxMatmul, Matmul
 from .recurrent import ApproxGRUCell, ApproxLSTMCell
 
 LAYERS: dict[type[nn.Module], type[ApproxLayer | ApproxComposite]] = {
+    nn.Conv1d: ApproxConv1d,
     nn.Conv2d: ApproxConv2d,
+    nn.Conv3d: ApproxConv3d,
+    nn.ConvTranspose1d: ApproxConvTranspose1d,
+    nn.ConvTranspose2d: ApproxConvTranspose2d,
+    nn.ConvTranspose3d: ApproxConvTranspose3d,
     nn.Linear: ApproxLinear,
     nn.MultiheadAttention: ApproxMultiheadAttention,
     nn.LSTMCell: ApproxLSTMCell,
