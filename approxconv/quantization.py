@@ -129,7 +129,8 @@ class OperandFormat:
         """
         shifted = (real.detach() * scale.detach().reciprocal()).round_().add_(zero_point)
         low = torch.tensor(float(self.low), dtype=shifted.dtype, device="cpu")  # a scalar goes with any device
-        return torch.fmax(shifted, low, out=shifted).clamp_(max=self.high).to(self.dtype)
+        out = None if torch.compiler.is_compiling() else shifted  # which would have to be contiguous
+        return torch.fmax(shifted, low, out=out).clamp_(max=self.high).to(self.dtype)
 
     def fake_quantize(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """``scale · (code − zero_point)``; the gradient passes where nothing was clipped.
