@@ -185,7 +185,45 @@ def test_from_float_and_repr(kind, hostile):
     assert approxconv.nn.approx_layers(layer).keys() == {"ih", "hh"}
     with pytest.raises(RuntimeError, match="calibrate"):
         layer(x, state)
-    stock(x, state)
+    with pytest.raises(ValueError, match="part of"):
+        layer.ih.to_float()
+    expected = stock(x, state)
+    back = layer.to_float()
+    assert type(back) is type(stock)
+    assert vars(back).keys() == vars(stock).keys()
+    assert back.weight_ih is stock.weight_ih
+    torch.testing.assert_close(back(x, state), expected, rtol=0, atol=0)
+
+
+@every_cell
+def test_parameters_are_read_anew(kind, hostile):
+    """As `torch.func.functional_call` and optimizers want it, in eval mode too, where codes are kept."""
+    stock, x, state = make(kind)
+    layer = convert(stock, kind, hostile(), x, state).eval()
+    with torch.no_grad():
+        before = stacked(layer(x, state))
+        assert torch.equal(stacked(layer(x, state)), before)
+        others = {name: parameter * 0.7 for name, parameter in layer.named_parameters()}
+        called = stacked(torch.func.functional_call(layer, others, (x, state)))
+        assert torch.equal(stacked(layer(x, state)), before)
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(others[name])
+        assert torch.equal(stacked(layer(x, state)), called)
+    assert not torch.equal(called, before)
+
+
+@every_cell
+@pytest.mark.slow
+def test_traced(kind, hostile):
+    stock, x, state = make(kind)
+    layer = convert(stock, kind, hostile(), x, state)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        output = stacked(run(x, state))
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @every_cell
