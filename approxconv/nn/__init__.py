@@ -14,7 +14,7 @@ from .convert import approx_layers, approximate, calibrate, set_mode, set_multip
 from .layer import ApproxLayer
 from .linear import ApproxLinear
 from .matmul import ApproxMatmul, Matmul
-from .recurrent import ApproxGRUCell, ApproxLSTMCell
+from .recurrent import ApproxGRU, ApproxGRUCell, ApproxLSTM, ApproxLSTMCell
 from .summary import LayerSummary, ModelSummary, model_summary
 
 __all__ = [
@@ -26,7 +26,9 @@ __all__ = [
     "ApproxConvTranspose1d",
     "ApproxConvTranspose2d",
     "ApproxConvTranspose3d",
+    "ApproxGRU",
     "ApproxGRUCell",
+    "ApproxLSTM",
     "ApproxLSTMCell",
     "ApproxLayer",
     "ApproxLinear",

@@ -129,7 +129,7 @@ class ApproxMultiheadAttention(ApproxComposite, nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
-                "query, key and value must not be nested: give a torch.nn.TransformerEncoder enable_nested_tensor=False"
+                "query, key and value must not be nested: set use_nested_tensor = False on the TransformerEncoder"
             )
         sizes = (self.embed_dim, self.kdim, self.vdim)
         for name, tensor, size in zip(("query", "key", "value"), (query, key, value), sizes, strict=True):

@@ -377,14 +377,19 @@ def test_fused_encoder_layer_does_not_bypass_it(norm_first, hostile):
         assert not torch.allclose(encoder(x), expected, atol=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused(hostile):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 8, batch_first=True)
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 8, batch_first=True, dropout=0)
     layer.self_attn = ApproxMultiheadAttention.from_float(layer.self_attn, hostile(), mode="float")
     encoder = nn.TransformerEncoder(layer, 1).eval()
     x, padding = torch.randn(1, LENGTH, EMBED), torch.tensor([[False] * (LENGTH - 1) + [True]])
-    with torch.no_grad(), pytest.raises(ValueError, match="enable_nested_tensor"):
-        encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="use_nested_tensor = False"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        output = encoder(x, src_key_padding_mask=padding)
+    assert_close(output, encoder.train()(x, src_key_padding_mask=padding))
 
 
 def test_bad_shapes(hostile):
