@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from inspect import unwrap
+from inspect import getattr_static, unwrap
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .matmul import ApproxMatmul
 from .projection import ApproxProjection
 
 _IMPLEMENTATION = "approxconv"
-_CHILD = "approx_attention"
+ATTENTION_CHILD = "approx_attention"
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -250,7 +250,7 @@ def _attention_function(
     mask = attention_mask
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
-    attend = getattr(module, _CHILD, attention)
+    attend = getattr(module, ATTENTION_CHILD, attention)
     dropout = dropout if module.training else 0.0
     output, weights = attend(query, key, value, mask, dropout, scaling, softcap=softcap)
     return output.transpose(1, 2).contiguous(), weights
@@ -265,13 +265,22 @@ def _register() -> None:
     AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
 
 
+def _code_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names that the forward method of a class reads; none if it is not written in Python."""
+    return getattr(getattr(unwrap(getattr_static(kind, "forward")), "__code__", None), "co_names", ())
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of Hugging Face models that call a registered attention function, by name."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if "ALL_ATTENTION_FUNCTIONS" in unwrap(type(module).forward).__code__.co_names
+        name: module for name, module in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _code_names(type(module))
     }
+
+
+def check_attention(name: str, module: nn.Module) -> None:
+    """Raise a ValueError if `approximate_attention` cannot stand for what an attention module computes."""
+    if getattr(module, "sinks", None) is not None:
+        raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
 
 
 def approximate_attention(
@@ -310,7 +319,7 @@ def approximate_attention(
         multiplier = dict.fromkeys(modules, multiplier)
     former = {}
     for module in modules.values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         former.setdefault(id(module.config), module.config._attn_implementation)
         if child is not None:
             former[id(module.config)] = child.implementation
@@ -319,13 +328,12 @@ def approximate_attention(
         if name not in modules:
             raise ValueError(f"multiplier must name attention modules, got {name!r}; there are {', '.join(modules)}")
         module = modules[name]
-        if getattr(module, "sinks", None) is not None:
-            raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
-        if not hasattr(module, _CHILD):
+        check_attention(name, module)
+        if not hasattr(module, ATTENTION_CHILD):
             added[name] = HuggingFaceAttention(former[id(module.config)], multiplier=choice, **arguments)
     for name, child in added.items():
         child.train(modules[name].training).to(next(modules[name].parameters()).device)
-        setattr(modules[name], _CHILD, child)
+        setattr(modules[name], ATTENTION_CHILD, child)
         modules[name].config._attn_implementation = _IMPLEMENTATION
     return added
 
@@ -333,7 +341,7 @@ def approximate_attention(
 def restore_attention(model: nn.Module) -> None:
     """Undo `approximate_attention`, in place."""
     for module in attention_modules(model).values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         if child is not None:
             module.config._attn_implementation = child.implementation
-            delattr(module, _CHILD)
+            delattr(module, ATTENTION_CHILD)

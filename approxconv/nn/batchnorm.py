@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,6 +44,8 @@ class FoldedBatchNorm(nn.Identity):
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__.startswith(__package__) or super().is_leaf_module(m, module_qualified_name)
 
@@ -92,7 +94,7 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     model : torch.nn.Module
         In eval mode. A copy of it is traced by `torch.fx`, in parts where it cannot be traced as a whole.
     layers : mapping of str to torch.nn.Module
-        The layers of `model` in question by name.
+        The layers of `model` in question by name; convolutions and linear ones are looked at.
 
     Returns
     -------
@@ -106,7 +108,7 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
         A batch normalisation that no part calls which can be traced, that is in training mode, or with hooks on it or
         on its layer that would see other values.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     parameters = [
         parameter
         for module in model.modules()
@@ -119,20 +121,23 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
 
     traced = copy.deepcopy(model)  # tracing runs the model's own code and may put constants on it
     original = dict(zip(traced.modules(), model.modules(), strict=True))
-    chosen = {copied for copied, module in original.items() if any(module is layer for layer in layers.values())}
-    known: set[int] = set()
+    weighted = {layer for layer in layers.values() if isinstance(layer, (nn.Linear, _ConvNd))}
+    chosen = {copied for copied, module in original.items() if module in weighted}
+    known: set[nn.Module] = set()
     found: dict[str, str] = {}
     for root, graph in _graphs(traced, set()):
+        if root is traced:  # what it does not call is not used
+            known.update(model.modules())
         for copied_layer, copied_norm in _pairs(root, graph, chosen):
             norm = original[copied_norm]
-            known.add(id(norm))
+            known.add(norm)
             if copied_layer is None:
                 continue
             layer = original[copied_layer]
             if all(uses[id(parameter)] == 1 for part in (layer, norm) for parameter in part.parameters(recurse=False)):
-                found[names[id(layer)]] = names[id(norm)]
+                found[names[layer]] = names[norm]
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and id(module) not in known:
+        if isinstance(module, _BatchNorm) and module not in known:
             raise ValueError(
                 f"fold_batchnorm: torch.fx cannot trace the code that calls {name!r}, so what comes before it is not "
                 "known: fold it with torch.nn.utils.fusion.fuse_conv_bn_eval first, or leave fold_batchnorm out"

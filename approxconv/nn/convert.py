@@ -21,13 +21,25 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..gradients import GradientTables
 from ..multiplier import Multiplier, check_flag
 from ..quantization import Quantization
+from .attention import (
+    ATTENTION_CHILD,
+    ApproxMultiheadAttention,
+    HuggingFaceAttention,
+    approximate_attention,
+    attention_modules,
+    check_attention,
+    restore_attention,
+)
 from .batchnorm import find_batchnorms, fold
+from .composite import ApproxComposite
 from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
 from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
+from .matmul import ApproxMatmul, Matmul
+from .recurrent import ApproxGRUCell, ApproxLSTMCell
 
-LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
+LAYERS: dict[type[nn.Module], type[ApproxLayer | ApproxComposite]] = {
     nn.Conv1d: ApproxConv1d,
     nn.Conv2d: ApproxConv2d,
     nn.Conv3d: ApproxConv3d,
@@ -35,6 +47,10 @@ LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
     nn.ConvTranspose2d: ApproxConvTranspose2d,
     nn.ConvTranspose3d: ApproxConvTranspose3d,
     nn.Linear: ApproxLinear,
+    nn.MultiheadAttention: ApproxMultiheadAttention,
+    nn.LSTMCell: ApproxLSTMCell,
+    nn.GRUCell: ApproxGRUCell,
+    Matmul: ApproxMatmul,
 }
 """What `approximate` replaces by what: exactly these types, not their subclasses."""
 
@@ -101,29 +117,22 @@ def _check_per_layer(
     return choices
 
 
+@cache
 def _stock(kind: type[nn.Module]) -> nn.Module:
     """A small layer of that type; no random numbers are drawn."""
-    return kind(1, 1, 1, device="meta")
+    return kind() if kind is Matmul else kind(1, 1, 1, device="meta")
 
 
 @cache
 def _own_names(kind: type[nn.Module]) -> frozenset[str]:
     """The attributes an approximate layer has and the torch layer `kind` has not."""
-    return frozenset(dir(LAYERS[kind].from_float(_stock(kind), Multiplier.exact()))).difference(dir(_stock(kind)))
+    stock = copy.deepcopy(_stock(kind))
+    return frozenset(dir(LAYERS[kind].from_float(stock, Multiplier.exact()))).difference(dir(_stock(kind)))
 
 
-@cache
-def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(_stock(kind)._parameters)
-
-
-def _check_convertible(name: str, layer: nn.Module) -> None:
-    """Raise a ValueError that names the layer and the remedy if it cannot be replaced.
-
-    An approximate layer trains its weight itself; it must not be derived from others by a hook or a parametrisation.
-    """
-    kind = parametrize.type_before_parametrizations(layer)
-    derived = [tensor for tensor in _parameter_names(kind) if tensor not in layer._parameters]
+def _check_parameters(name: str, layer: nn.Module, stock: nn.Module) -> None:
+    """Raise a ValueError that names the layer and the remedy if a parameter that `stock` has is derived from others."""
+    derived = [tensor for tensor in stock._parameters if tensor not in layer._parameters]
     if parametrize.is_parametrized(layer):
         derived = list(layer.parametrizations)
         undo = "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
@@ -133,6 +142,16 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
     if derived:
         remedy = f"run {undo.format(derived[0])} first" if undo else f"make its {derived[0]} a parameter"
         raise ValueError(f"layer {name!r} must hold its {derived[0]} as a parameter: {remedy}, or skip the layer")
+    for child, part in stock.named_children():
+        _check_parameters(f"{name}.{child}", layer.get_submodule(child), part)
+
+
+def _check_convertible(name: str, layer: nn.Module) -> None:
+    """Raise a ValueError that names the layer and the remedy if it cannot be replaced.
+
+    An approximate layer trains its weight itself; it must not be derived from others by a hook or a parametrisation.
+    """
+    _check_parameters(name, layer, _stock(parametrize.type_before_parametrizations(layer)))
     taken = _own_names(type(layer)).intersection(dir(layer)) | {"forward"}.intersection(vars(layer))
     if taken:
         raise ValueError(
@@ -142,13 +161,21 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
 
 
 def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that are approximate or that `approximate` would convert, by name, in module order."""
+    """Layers that are approximate or that `approximate` would convert, by name, in module order.
+
+    Without those inside an approximate one, and without what `approximate_attention` added.
+    """
     _check_model(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ApproxLayer) or parametrize.type_before_parametrizations(module) in LAYERS
-    }
+    found, inside = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, (ApproxLayer, ApproxComposite)):
+            if module not in inside and not isinstance(module, HuggingFaceAttention):
+                found[name] = module
+            if isinstance(module, ApproxComposite):
+                inside.update(module.modules())
+        elif parametrize.type_before_parametrizations(module) in LAYERS:
+            found[name] = module
+    return found
 
 
 def _ends(names: Sequence[str], first_last: str | None) -> tuple[set[str], str]:
@@ -164,14 +191,19 @@ def exact_products(multiplier: Multiplier) -> Multiplier:
     return Multiplier.exact(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
 
 
-def _set_anew(layer: ApproxLayer, settings: dict[str, Any]) -> ApproxLayer:
+def _set_anew(layer: ApproxLayer | ApproxComposite, settings: dict[str, Any]) -> ApproxLayer | ApproxComposite:
     """An approximate layer with other settings: the same one, calibrated as it is, unless quantised another way."""
-    if layer.quantization != (settings["quantization"] or Quantization()):
+    parts = layer.products().values() if isinstance(layer, ApproxComposite) else (layer,)
+    if any(part.quantization != (settings["quantization"] or Quantization()) for part in parts):
+        if isinstance(layer, HuggingFaceAttention):
+            device = next(layer.buffers()).device
+            return HuggingFaceAttention(layer.implementation, **settings).to(device).train(layer.training)
         return type(layer).from_float(layer.to_float(), **settings)
-    layer.gradient = "ste"  # tables of its own may not fit the other multiplier
-    layer.set_multiplier(settings["multiplier"])
-    for name in ("gradient", "mode", "engine"):
-        setattr(layer, name, settings[name])
+    for part in parts:
+        part.gradient = "ste"  # tables of its own may not fit the other multiplier
+        part.set_multiplier(settings["multiplier"])
+        for name in ("gradient", "mode", "engine"):
+            setattr(part, name, settings[name])
     return layer
 
 
@@ -204,7 +236,8 @@ def approximate(
     Parameters
     ----------
     model : torch.nn.Module
-        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced; a layer
+        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced, and the
+        attention of Hugging Face models computed by `approximate_attention`, under the name of its module; a layer
         used in several places stays shared, and hooks, buffers and attributes that were put on a layer stay on it.
         Layers that are approximate already are set anew, as if they were converted now; they stay calibrated unless
         operand formats or quantisation change. So converting twice is converting once.
@@ -257,11 +290,11 @@ def approximate(
         },
     )
     choices = {} if per_layer is None else _check_per_layer(per_layer, default)
-    units = convertible_layers(model)
+    layers, attentions = convertible_layers(model), attention_modules(model)
+    units = {**layers, **attentions}
     if not units:
-        kinds = ", ".join(kind.__name__ for kind in LAYERS)
-        raise ValueError(f"model has no layer to convert: {kinds}")
-    ends, treatment = _ends(list(units), first_last)
+        raise ValueError(f"model has no layer to convert: {', '.join(kind.__name__ for kind in LAYERS)}")
+    ends, treatment = _ends(list(layers), first_last)
     left = set().union(*(matching(pattern, units, "skip") for pattern in _check_skip(skip)))
     chosen = {pattern: matching(pattern, units, "per_layer") for pattern in choices}
     settings = {}
@@ -275,9 +308,13 @@ def approximate(
             settings[name] = {**default, "multiplier": exact_products(default["multiplier"])}
     settings = {name: own for name, own in settings.items() if name not in left}
     for name in settings:
-        if not isinstance(units[name], ApproxLayer):
-            _check_convertible(name, units[name])
-    norms = find_batchnorms(model, {name: units[name] for name in settings}) if fold_batchnorm else {}
+        if name in attentions:
+            check_attention(name, attentions[name])
+        elif not isinstance(layers[name], (ApproxLayer, ApproxComposite)):
+            _check_convertible(name, layers[name])
+    norms = (
+        find_batchnorms(model, {name: layers[name] for name in settings if name in layers}) if fold_batchnorm else {}
+    )
 
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())
@@ -286,7 +323,13 @@ def approximate(
         new[modules[norm]] = fold(modules[name], modules[norm])
     for name, own in settings.items():
         layer = modules[name]
-        if isinstance(layer, ApproxLayer):
+        if name in attentions:
+            layer = getattr(layer, ATTENTION_CHILD, None)
+        if layer is None:
+            approximate_attention(
+                model, {name: own["multiplier"]}, **{k: v for k, v in own.items() if k != "multiplier"}
+            )
+        elif isinstance(layer, (ApproxLayer, ApproxComposite)):
             new[layer] = _set_anew(layer, own)
         else:
             new[layer] = LAYERS[type(layer)].from_float(layer, **own)
@@ -316,7 +359,10 @@ def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     approx_layers(model)
     check_flag("inplace", inplace)
     model = model if inplace else copy.deepcopy(model)
-    return _replace(model, {layer: layer.to_float() for layer in approx_layers(model).values()})
+    restore_attention(model)
+    approximate = (ApproxLayer, ApproxComposite)
+    layers = [layer for layer in convertible_layers(model).values() if isinstance(layer, approximate)]
+    return _replace(model, {layer: layer.to_float() for layer in layers})
 
 
 def set_multiplier(
@@ -359,10 +405,12 @@ def set_multiplier(
     else:
         chosen = dict.fromkeys(layers, as_multiplier(multiplier))
         ends, treatment = _ends(list(convertible_layers(model)), first_last)
-        for name in ends & chosen.keys() if treatment != "approximate" else ():
-            own = chosen.pop(name)
-            if treatment == "quantized":
-                chosen[name] = exact_products(own)
+        if treatment != "approximate":
+            inner = tuple(f"{name}." for name in ends)
+            for name in [name for name in layers if name in ends or name.startswith(inner)]:
+                own = chosen.pop(name)
+                if treatment == "quantized":
+                    chosen[name] = exact_products(own)
     for name, choice in chosen.items():
         try:
             layers[name].check_multiplier(choice)
