@@ -217,6 +217,18 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
     return replacements.get(model, model)
 
 
+def _find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module], fold_batchnorm: Any) -> dict[str, str]:
+    """`find_batchnorms` by tracing for True, in a run for a batch, none for False."""
+    if isinstance(fold_batchnorm, bool):
+        return find_batchnorms(model, layers) if fold_batchnorm else {}
+
+    def run() -> Any:
+        with as_float(model):
+            return run_batch(model, fold_batchnorm)
+
+    return find_batchnorms(model, layers, run)
+
+
 def approximate(
     model: nn.Module,
     multiplier: Multiplier | str,
@@ -226,7 +238,7 @@ def approximate(
     first_last: str | None = None,
     quantization: Quantization | None = None,
     gradient: str | GradientTables = "ste",
-    fold_batchnorm: bool = False,
+    fold_batchnorm: Any = False,
     mode: str = "approximate",
     engine: str = "auto",
     inplace: bool = False,
@@ -256,9 +268,10 @@ def approximate(
         Of the new layers; by default chosen from the multiplier's operand formats.
     gradient : str or GradientTables
         Of the new layers: ``"ste"``, ``"lre"``, ``"smooth"`` or tables.
-    fold_batchnorm : bool
+    fold_batchnorm : bool or batch
         First make every batch normalisation that directly follows one of these layers part of it, as hardware for
-        inference has it. Which one follows which is found by `torch.fx`. They must be in eval mode.
+        inference has it. Which one follows which is found by `torch.fx`; for models that it cannot trace, by one run on
+        a batch as for `calibrate`. They must be in eval mode.
     mode, engine : str
         Of the new layers.
     inplace : bool
@@ -277,7 +290,6 @@ def approximate(
         attributes which the approximate layer needs, or a batch normalisation to fold that is in training mode, has
         hooks or is called by code that cannot be traced; the model is unchanged.
     """
-    check_flag("fold_batchnorm", fold_batchnorm)
     check_flag("inplace", inplace)
     default = _check_settings(
         "",
@@ -312,9 +324,7 @@ def approximate(
             check_attention(name, attentions[name])
         elif not isinstance(layers[name], (ApproxLayer, ApproxComposite)):
             _check_convertible(name, layers[name])
-    norms = (
-        find_batchnorms(model, {name: layers[name] for name in settings if name in layers}) if fold_batchnorm else {}
-    )
+    norms = _find_batchnorms(model, {name: layers[name] for name in settings if name in layers}, fold_batchnorm)
 
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())
@@ -468,19 +478,20 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((tensor for tensor in map(_first_tensor, batch) if tensor is not None), None)
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch as `calibrate` describes it, on the model's device."""
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     keywords = _keywords(model, batch) if isinstance(batch, Mapping) else None
     if keywords is not None:
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in keywords.items()})
-        return
+        return model(
+            **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in keywords.items()}
+        )
     tensor = _first_tensor(batch)
     if tensor is None:
         raise ValueError(
             f"batches must yield tensors, or tuples, lists or dicts that hold one, got {type(batch).__name__}"
         )
-    model(tensor.to(device))
+    return model(tensor.to(device))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import approxconv
 from approxconv import Multiplier
 from approxconv.nn import ApproxConv2d, ApproxLayer, approx_layers, attention_modules
+from approxconv.nn.batchnorm import FoldedBatchNorm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[test]'")
 
@@ -157,6 +158,18 @@ def test_back_to_float(pair):
     assert stock.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(logits(stock, batch), logits(model, batch))
     assert isinstance(next(iter(approx_layers(approx).values())), ApproxLayer)
+
+
+def test_folded_batch_normalisation(pair):
+    model, _, batch = pair
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    folded = approxconv.approximate(model, Multiplier.exact(), fold_batchnorm=batch)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert sum(isinstance(module, FoldedBatchNorm) for module in folded.modules()) == len(norms)
+    expected = logits(model, batch)
+    torch.testing.assert_close(logits(approxconv.set_mode(folded, "float"), batch), expected, rtol=1e-4, atol=1e-5)
+    quantized = logits(approxconv.set_mode(approxconv.calibrate(folded, [batch]), "quantized"), batch)
+    assert 0 < (quantized - expected).norm() < 0.2 * expected.norm()
 
 
 def test_copies_and_checkpoints(pair):
