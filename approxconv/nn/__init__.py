@@ -3,6 +3,7 @@
 from .attention import (
     ApproxAttention,
     ApproxMultiheadAttention,
+    Attention,
     approximate_attention,
     attention_modules,
     restore_attention,
@@ -34,6 +35,7 @@ __all__ = [
     "ApproxLinear",
     "ApproxMatmul",
     "ApproxMultiheadAttention",
+    "Attention",
     "LayerSummary",
     "Matmul",
     "ModelSummary",

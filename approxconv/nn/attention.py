@@ -86,8 +86,16 @@ def attention(
     return av(weights, value), weights
 
 
-class ApproxAttention(ApproxComposite):
-    """Scaled dot-product attention whose two products come from a multiplier's table.
+class Attention(nn.Module):
+    """`attention` as a module."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Attend: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return attention(query, key, value, *args, **kwargs)
+
+
+class ApproxAttention(ApproxComposite, Attention):
+    """`Attention` whose two products come from a multiplier's table.
 
     ``weights = softmax(scale·(Q·Kᵀ) + mask)`` and ``output = weights·V``: Q·Kᵀ and weights·V as `ApproxMatmul` computes
     them, each operand with its own scale, the softmax in float32.
@@ -100,8 +108,8 @@ class ApproxAttention(ApproxComposite):
         self.av = ApproxMatmul(**arguments)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`attention` with the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
-        return attention(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
+        """Attend by the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return super().forward(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
 
 
 class ApproxOutProjection(ApproxLinear, NonDynamicallyQuantizableLinear):

@@ -15,6 +15,7 @@ from approxconv.nn import (
     ApproxAttention,
     ApproxLinear,
     ApproxMultiheadAttention,
+    Attention,
     approximate_attention,
     attention_modules,
     restore_attention,
@@ -448,6 +449,10 @@ def test_attention_is_torchs():
             assert_close(output, expected)
             assert weights.shape == (2, 4, 3, 6)
             assert torch.equal(weights[0, :, 1], torch.zeros(4, 6)) or mask is not boolean
+            module = ApproxAttention(multiplier=Multiplier.exact(), mode="float")
+            for same in (module, module.to_float()):
+                assert torch.equal(same(query, key, value, mask, scale=scale)[0], output)
+            assert type(module.to_float()) is Attention
 
 
 # Hugging Face
