@@ -87,8 +87,16 @@ def attention(
     return av(weights, value), weights
 
 
-class ApproxAttention(ApproxComposite):
-    """Scaled dot-product attention whose two products come from a multiplier's table.
+class Attention(nn.Module):
+    """`attention` as a module."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Attend: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return attention(query, key, value, *args, **kwargs)
+
+
+class ApproxAttention(ApproxComposite, Attention):
+    """`Attention` whose two products come from a multiplier's table.
 
     ``weights = softmax(scale·(Q·Kᵀ) + mask)`` and ``output = weights·V``: Q·Kᵀ and weights·V as `ApproxMatmul` computes
     them, each operand with its own scale, the softmax in float32.
@@ -101,8 +109,8 @@ class ApproxAttention(ApproxComposite):
         self.av = ApproxMatmul(**arguments)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`attention` with the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
-        return attention(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
+        """Attend by the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return super().forward(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
 
 
 class ApproxOutProjection(ApproxLinear, NonDynamicallyQuantizableLinear):
@@ -130,7 +138,7 @@ class ApproxMultiheadAttention(ApproxComposite, nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
-                "query, key and value must not be nested: give a torch.nn.TransformerEncoder enable_nested_tensor=False"
+                "query, key and value must not be nested: set use_nested_tensor = False on the TransformerEncoder"
             )
         sizes = (self.embed_dim, self.kdim, self.vdim)
         for name, tensor, size in zip(("query", "key", "value"), (query, key, value), sizes, strict=True):
