@@ -129,8 +129,8 @@ class OperandFormat:
         makes NaN the lowest one.
         """
         shifted = (real.detach() * scale.detach().reciprocal()).round_().add_(zero_point)
-        low = torch.tensor(float(self.low), dtype=shifted.dtype, device="cpu")  # a scalar goes with any device
-        return torch.fmax(shifted, low, out=shifted).clamp_(max=self.high).to(self.dtype)
+        shifted.nan_to_num_(nan=self.low, posinf=self.high, neginf=self.low)
+        return shifted.clamp_(self.low, self.high).to(self.dtype)
 
     def fake_quantize(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """``scale · (code − zero_point)``; the gradient passes where nothing was clipped.

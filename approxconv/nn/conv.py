@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..geometry import conv_output_size
 from ..operators.conv2d import conv_gradient
 from ..quantization import pad_codes, sum_dtype, window_sums
-from .layer import ApproxLayer
+from .layer import ApproxLayer, sum_bound
 
 
 class ApproxConvNd(ApproxLayer):
@@ -172,7 +172,7 @@ class ApproxConv3d(_Convolution, nn.Conv3d):
         if not self._is_depthwise:
             return y.unflatten(0, (batch, depth)).transpose(1, 2).contiguous()
         y = y.unflatten(0, (batch, x.shape[2] + 2 * padding)).unflatten(2, (len(w), kernel))
-        sums = y.new_zeros(batch, depth, *y.shape[2:3], *y.shape[4:], dtype=sum_dtype(self._bound(table, w[0].numel())))
+        sums = y.new_zeros(batch, depth, *y.shape[2:3], *y.shape[4:], dtype=sum_dtype(sum_bound(table, w[0].numel())))
         for tap in range(kernel):
             sums += y[:, tap * step :][:, : stride * (depth - 1) + 1 : stride, :, tap]
         return sums.transpose(1, 2).contiguous()

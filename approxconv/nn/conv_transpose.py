@@ -13,6 +13,7 @@ from ..operators.conv2d import conv_gradient
 from ..operators.straight_through import or_placeholder
 from ..quantization import sum_dtype
 from .conv import ApproxConvNd
+from .layer import sum_bound
 
 
 def _reach(tap: int, stride: int, padding: int, size: int, output: int) -> tuple[slice, slice]:
@@ -86,7 +87,7 @@ class _ConvTranspose(ApproxConvNd):
         rows, taps = self._arguments(x, w, pad_code)
         columns = torch.ops.approxconv.lut_matmul(rows, taps, table, engine=self.engine)
         columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (math.prod(self.kernel_size), -1))
-        dtype = sum_dtype(self._bound(table, w[0].numel()))
+        dtype = sum_dtype(sum_bound(table, w[0].numel()))
         sums = self._overlap_add(columns, output, dtype)
         if isinstance(pad_code, Tensor) or pad_code:
             # zx·wq is about to be taken out of K products: what is missing of them has to be there as such.
