@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from inspect import getattr_static, unwrap
 from typing import Any
 
@@ -273,6 +274,7 @@ def _register() -> None:
     AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
 
 
+@cache
 def _code_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """The names that the forward method of a class reads; none if it is not written in Python."""
     return getattr(getattr(unwrap(getattr_static(kind, "forward")), "__code__", None), "co_names", ())

@@ -95,11 +95,17 @@ def _check_skip(skip: Pattern | Iterable[Pattern]) -> list[Pattern]:
     return list(skip)
 
 
-def _check_settings(argument: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that `ApproxLayer.from_float` takes, or its ValueError; tried on a layer without weights."""
+@cache
+def _stock(kind: type[nn.Module]) -> nn.Module:
+    """A small layer of that type; no random numbers are drawn."""
+    return kind() if kind in (Matmul, Attention) else kind(1, 1, 1, device="meta")
+
+
+def _check_settings(argument: str, settings: dict[str, Any], kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+    """Settings that `from_float` takes for layers of a type, or its ValueError; tried on one without weights."""
     try:
         settings["multiplier"] = as_multiplier(settings["multiplier"])
-        ApproxLinear.from_float(nn.Linear(1, 1, device="meta"), **settings)
+        LAYERS[kind].from_float(copy.deepcopy(_stock(kind)), **settings)
     except ValueError as error:
         raise ValueError(f"{argument}{error}") from None
     return settings
@@ -120,12 +126,6 @@ def _check_per_layer(
             raise ValueError(f"per_layer[{pattern!r}] must hold {wanted} at most, got {unknown[0]!r}")
         choices[pattern] = _check_settings(f"per_layer[{pattern!r}]: ", {**default, **own})
     return choices
-
-
-@cache
-def _stock(kind: type[nn.Module]) -> nn.Module:
-    """A small layer of that type; no random numbers are drawn."""
-    return kind() if kind in (Matmul, Attention) else kind(1, 1, 1, device="meta")
 
 
 @cache
@@ -184,11 +184,19 @@ def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The type in `LAYERS` of a stock layer, or of that which an approximate one stands for; None if there is none."""
+    for kind, new in LAYERS.items():
+        if isinstance(layer, new) or parametrize.type_before_parametrizations(layer) is kind:
+            return kind
+    return None
+
+
 def _ends(names: Sequence[str], first_last: str | None) -> tuple[set[str], str]:
     """The first and the last name, and what becomes of them."""
     if first_last not in (None, *FIRST_LAST):
         raise ValueError(f"first_last must be {', '.join(map(repr, FIRST_LAST))} or None, got {first_last!r}")
-    ends = {names[0], names[-1]}
+    ends = {*names[:1], *names[-1:]}
     return ends, first_last or ("quantized" if len(names) > len(ends) else "approximate")
 
 
@@ -315,6 +323,7 @@ def approximate(
     ends, treatment = _ends(list(layers), first_last)
     left = set().union(*(matching(pattern, units, "skip") for pattern in _check_skip(skip)))
     chosen = {pattern: matching(pattern, units, "per_layer") for pattern in choices}
+    exact = {**default, "multiplier": exact_products(default["multiplier"])}
     settings = {}
     for name in units:
         named = next((pattern for pattern, found in chosen.items() if name in found), None)
@@ -323,13 +332,18 @@ def approximate(
         elif name not in ends or treatment == "approximate":
             settings[name] = default
         elif treatment == "quantized":
-            settings[name] = {**default, "multiplier": exact_products(default["multiplier"])}
+            settings[name] = exact
     settings = {name: own for name, own in settings.items() if name not in left}
-    for name in settings:
+    tried = set()
+    for name, own in settings.items():
         if name in attentions:
             check_attention(name, attentions[name])
         elif not isinstance(layers[name], (ApproxLayer, ApproxComposite)):
             _check_convertible(name, layers[name])
+        kind = Matmul if name in attentions else _kind(layers[name])
+        if kind is not None and (id(own), kind) not in tried:
+            _check_settings(f"layer {name!r}: ", own, kind)
+            tried.add((id(own), kind))
     norms = _find_batchnorms(model, {name: layers[name] for name in settings if name in layers}, fold_batchnorm)
 
     model = model if inplace else copy.deepcopy(model)
@@ -388,9 +402,9 @@ def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_flag("inplace", inplace)
     model = model if inplace else copy.deepcopy(model)
     restore_attention(model)
-    approximate = (ApproxLayer, ApproxComposite)
-    layers = [layer for layer in convertible_layers(model).values() if isinstance(layer, approximate)]
-    return _nest(_replace(model, {layer: layer.to_float() for layer in layers}))
+    layers = convertible_layers(model).values()
+    converted = {layer: layer.to_float() for layer in layers if isinstance(layer, tuple(LAYERS.values()))}
+    return _nest(_replace(model, converted))
 
 
 def set_multiplier(
@@ -406,8 +420,8 @@ def set_multiplier(
     model : torch.nn.Module
         A converted model.
     multiplier : Multiplier, str or mapping
-        For every approximate layer; or by name, glob pattern or predicate for those that match, the first that matches
-        counting.
+        For every approximate layer; or by name (as of `approx_layers`), glob pattern or predicate for those that match,
+        the first that matches counting.
     first_last : str, optional
         As for `approximate`, of a multiplier for all: which of them get the exact products of its operand formats
         (``"quantized"``) or stay as they are (``"float"``).

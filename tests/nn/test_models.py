@@ -13,6 +13,7 @@ import approxconv
 from approxconv import Multiplier
 from approxconv.nn import ApproxConv2d, ApproxLayer, approx_layers, attention_modules
 from approxconv.nn.batchnorm import FoldedBatchNorm
+from approxconv.quantization import OperandQuantization, Quantization
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[test]'")
 
@@ -181,6 +182,29 @@ def test_copies_and_checkpoints(pair):
         nn.init.zeros_(parameter)
     fresh.load_state_dict(approx.state_dict())
     assert torch.equal(logits(fresh, batch), expected)
+
+
+def test_converted_again(pair):
+    model, approx, batch = pair
+    again = approxconv.approximate(approx, Multiplier.exact())
+    assert torch.equal(logits(again, batch), logits(approx, batch))
+    coarse = Quantization(activation=OperandQuantization(bits=5))
+    again, fresh = (
+        approxconv.calibrate(approxconv.approximate(source, "drum6_8u_8s", quantization=coarse), [batch])
+        for source in (again, model)
+    )
+    assert str(again) == str(fresh)
+    assert torch.equal(logits(again, batch), logits(fresh, batch))
+    assert torch.equal(logits(approxconv.to_float(again), batch), logits(model, batch))
+
+
+def test_attention_can_be_skipped(pair):
+    model, _, batch = pair
+    approx = approxconv.approximate(model, "drum6_8u_8s", skip=lambda name, _: name in attention_modules(model))
+    stock = [name for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    assert list(approx_layers(approx)) == stock
+    approxconv.calibrate(approx, [batch])
+    assert logits(approx, batch).isfinite().all()
 
 
 # A slow oracle
