@@ -23,7 +23,9 @@ from ..multiplier import Multiplier, check_flag
 from ..quantization import Quantization
 from .attention import (
     ATTENTION_CHILD,
+    ApproxAttention,
     ApproxMultiheadAttention,
+    Attention,
     HuggingFaceAttention,
     approximate_attention,
     attention_modules,
@@ -37,7 +39,7 @@ from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, Approx
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
 from .matmul import ApproxMatmul, Matmul
-from .recurrent import ApproxGRUCell, ApproxLSTMCell
+from .recurrent import ApproxGRU, ApproxGRUCell, ApproxLSTM, ApproxLSTMCell
 
 LAYERS: dict[type[nn.Module], type[ApproxLayer | ApproxComposite]] = {
     nn.Conv1d: ApproxConv1d,
@@ -48,9 +50,12 @@ LAYERS: dict[type[nn.Module], type[ApproxLayer | ApproxComposite]] = {
     nn.ConvTranspose3d: ApproxConvTranspose3d,
     nn.Linear: ApproxLinear,
     nn.MultiheadAttention: ApproxMultiheadAttention,
+    nn.LSTM: ApproxLSTM,
+    nn.GRU: ApproxGRU,
     nn.LSTMCell: ApproxLSTMCell,
     nn.GRUCell: ApproxGRUCell,
     Matmul: ApproxMatmul,
+    Attention: ApproxAttention,
 }
 """What `approximate` replaces by what: exactly these types, not their subclasses."""
 
@@ -93,7 +98,7 @@ def _check_skip(skip: Pattern | Iterable[Pattern]) -> list[Pattern]:
 @cache
 def _stock(kind: type[nn.Module]) -> nn.Module:
     """A small layer of that type; no random numbers are drawn."""
-    return kind() if kind is Matmul else kind(1, 1, 1, device="meta")
+    return kind() if kind in (Matmul, Attention) else kind(1, 1, 1, device="meta")
 
 
 def _check_settings(argument: str, settings: dict[str, Any], kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
@@ -132,7 +137,8 @@ def _own_names(kind: type[nn.Module]) -> frozenset[str]:
 
 def _check_parameters(name: str, layer: nn.Module, stock: nn.Module) -> None:
     """Raise a ValueError that names the layer and the remedy if a parameter that `stock` has is derived from others."""
-    derived = [tensor for tensor in stock._parameters if tensor not in layer._parameters]
+    names = getattr(layer, "_flat_weights_names", stock._parameters)  # an LSTM's or a GRU's, as many as it has layers
+    derived = [tensor for tensor in names if tensor not in layer._parameters]
     if parametrize.is_parametrized(layer):
         derived = list(layer.parametrizations)
         undo = "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
@@ -357,7 +363,19 @@ def approximate(
             new[layer] = _set_anew(layer, own)
         else:
             new[layer] = LAYERS[type(layer)].from_float(layer, **own)
-    return _replace(model, new)
+    return _nest(_replace(model, new))
+
+
+def _nest(model: nn.Module) -> nn.Module:
+    """Have transformer encoders make nested tensors, which only torch's fused layers take, or not; return the model."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            stock = vars(encoder).pop("_stock_use_nested_tensor", encoder.use_nested_tensor)
+            encoder.use_nested_tensor = stock
+            if any(isinstance(module, ApproxLayer) for module in encoder.modules()):
+                encoder._stock_use_nested_tensor = stock
+                encoder.use_nested_tensor = False
+    return model
 
 
 def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -385,7 +403,8 @@ def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     restore_attention(model)
     layers = convertible_layers(model).values()
-    return _replace(model, {layer: layer.to_float() for layer in layers if isinstance(layer, tuple(LAYERS.values()))})
+    converted = {layer: layer.to_float() for layer in layers if isinstance(layer, tuple(LAYERS.values()))}
+    return _nest(_replace(model, converted))
 
 
 def set_multiplier(

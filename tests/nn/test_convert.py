@@ -1148,3 +1148,40 @@ def test_retraining_lowers_the_loss(trained, optimizer, lr):
         assert not torch.equal(layer.weight, start[f"{name}.weight"])
         for kept in ("table", "activation_scale", "activation_zero_point"):
             assert torch.equal(getattr(layer, kept), start[f"{name}.{kept}"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_encoder_makes_no_nested_tensors_while_it_is_approximate():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    converted = approxconv.approximate(encoder, Multiplier.exact(8, True, True))
+    approxconv.calibrate(converted, [{"src": x, "src_key_padding_mask": padding}])
+    with torch.no_grad():
+        output, expected = converted(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(output[~padding], expected[~padding], rtol=0.1, atol=0.1)
+    assert not approxconv.approximate(converted, Multiplier.exact(8, True, True)).use_nested_tensor
+    assert vars(approxconv.nn.to_float(converted)).keys() == vars(encoder).keys()
+    assert approxconv.nn.to_float(converted).use_nested_tensor
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_convert_and_come_back(kind):
+    stock = kind(3, 4, num_layers=2, bias=False)
+    converted = approxconv.approximate(stock, Multiplier.exact(8, True, True), mode="float")
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(converted(x)[0], stock(x)[0])
+    assert torch.equal(approxconv.nn.to_float(converted)(x)[0], stock(x)[0])
+    del stock.weight_hh_l1
+    with pytest.raises(ValueError, match="weight_hh_l1 as a parameter"):
+        approxconv.approximate(stock, Multiplier.exact(8, True, True))
+
+
+def test_attention_modules_convert_and_come_back():
+    query = torch.randn(2, 4, 3)
+    stock = approxconv.nn.Attention()
+    converted = approxconv.approximate(stock, Multiplier.exact(8, True, True), mode="float")
+    assert type(converted) is approxconv.nn.ApproxAttention
+    back = approxconv.nn.to_float(converted)
+    assert type(back) is approxconv.nn.Attention
+    assert torch.equal(back(query, query, query)[0], stock(query, query, query)[0])
