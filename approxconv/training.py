@@ -38,6 +38,8 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -206,25 +208,20 @@ class Score:
         Share classified right, in percent.
     images : int
         How many inputs there were.
-    seconds : float
-        How long they took.
+    images_per_second : float
+        With everything around the model, such as loading them.
     """
 
     loss: float
     accuracy: float
     images: int
-    seconds: float
-
-    @property
-    def images_per_second(self) -> float:
-        """Speed."""
-        return self.images / self.seconds
+    images_per_second: float
 
     @classmethod
     def of(cls, figures: Tensor, seconds: float) -> Score:
         """From `_figures`, summed."""
         loss, hits, images = figures.tolist()
-        return cls(loss / images, 100 * hits / images, int(images), seconds)
+        return cls(loss / images, 100 * hits / images, int(images), images / seconds)
 
 
 def _figures(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
@@ -361,6 +358,7 @@ class Training:
                     self.save(checkpoint)
             if self.scheduler is not None:
                 self.scheduler.step()
+            self._share_buffers()
             done = Score.of(self._figures, self._seconds)
             self._figures, self._seconds = torch.zeros(3, dtype=torch.float64), 0.0
             if after_epoch is not None:
@@ -368,6 +366,16 @@ class Training:
             if checkpoint is not None:
                 self.save(checkpoint)
         self.model.eval()
+
+    def _share_buffers(self) -> None:
+        """Have all ranks go on with the first one's statistics, as after a resumption.
+
+        Once an epoch: DistributedDataParallel would send every layer's table before every batch.
+        """
+        if _is_distributed():
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state_dict of its own; the model without DistributedDataParallel's prefix."""
@@ -403,10 +411,7 @@ class Training:
         if not path.exists():
             return False
         content = read_checkpoint(path)
-        for name, value in self.settings.items():
-            saved = content["settings"].get(name)
-            if saved != value:
-                raise ValueError(f"{path} holds a run with {name} = {saved!r}, this one has {name} = {value!r}")
+        check_settings(path, content, self.settings)
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
         self._figures, self._seconds = content["figures"], content["seconds"]
@@ -433,6 +438,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is of version {content['version']}, this approxconv reads up to {VERSION}: upgrade it"
         )
     return content
+
+
+def check_settings(path: Path, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a checkpoint is from a run where one of the settings was another."""
+    for name, value in settings.items():
+        saved = checkpoint["settings"].get(name)
+        if saved != value:
+            raise ValueError(f"{path} holds a run with {name} = {saved!r}, this one has {name} = {value!r}")
 
 
 @contextmanager
