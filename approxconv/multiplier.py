@@ -245,28 +245,30 @@ def _as_gradients(gradients: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
         return None
     if not isinstance(gradients, (tuple, list)) or len(gradients) != 2:
         raise ValueError(f"gradients must be a pair of tables, got {type(gradients).__name__}")
-    with torch.inference_mode(False):
-        pair = tuple(_as_gradient(each) for each in gradients)
+    pair = tuple(as_gradient("gradients", each) for each in gradients)
     for table in pair:
         if table.shape != shape:
             raise ValueError(f"gradients must be of the table's shape {tuple(shape)}, got {tuple(table.shape)}")
-        if not bool(torch.isfinite(table).all()):
-            raise ValueError("gradients must be finite in float32, got NaN, infinity or a number too large")
     return pair
 
 
-def _as_gradient(gradient: Any) -> Tensor:
-    """A contiguous float32 CPU copy."""
+def as_gradient(name: str, gradient: Any) -> Tensor:
+    """A contiguous finite float32 CPU copy of what `name` is given as, or a ValueError that calls it so."""
     try:
-        if isinstance(gradient, Tensor) and not gradient.is_complex() and gradient.layout == torch.strided:
-            return gradient.detach().to("cpu", torch.float32, copy=True).contiguous()
-        array = np.asarray(gradient)
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"got dtype {array.dtype}")
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(array.astype(np.float32, order="C", copy=True))
+        with torch.inference_mode(False):
+            if isinstance(gradient, Tensor) and not gradient.is_complex() and gradient.layout == torch.strided:
+                table = gradient.detach().to("cpu", torch.float32, copy=True).contiguous()
+            else:
+                array = np.asarray(gradient)
+                if array.dtype.kind not in "biuf":
+                    raise ValueError(f"got dtype {array.dtype}")
+                with np.errstate(over="ignore"):
+                    table = torch.from_numpy(array.astype(np.float32, order="C", copy=True))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"gradients must hold numbers: {error}") from None
+        raise ValueError(f"{name} must hold numbers: {error}") from None
+    if not bool(torch.isfinite(table).all()):
+        raise ValueError(f"{name} must be finite in float32, got NaN, infinity or a number too large")
+    return table
 
 
 class Multiplier:

@@ -9,7 +9,10 @@ from torch.nn import functional as F
 
 from approxconv.quantization import (
     OperandFormat,
+    OperandQuantization,
     QuantizedWeight,
+    activation_observer,
+    observed_scale,
     quantize_weight,
     remove_zero_points,
     window_sums,
@@ -133,10 +136,13 @@ def test_quantised_weight_of_a_zero_channel_is_finite():
 @pytest.mark.parametrize(("bottom", "top"), [(-0.7, 1.3), (0.2, 1.3), (-1.3, -0.2), (-1.0, 0.9), (0.0, 0.0)])
 def test_activation_observer(operand, bottom, top):
     low, high = expected_range(operand)
-    observer = operand.activation_observer()
+    observer = activation_observer(OperandQuantization(), operand)
     observer(torch.tensor([bottom, (bottom + top) / 2]))
     observer(torch.tensor([(bottom + top) / 2, top]))
-    scale, zero_point = observer.calculate_qparams()
+    scale, zero_point = observed_scale(observer, OperandQuantization(), operand)
+    assert scale.shape == zero_point.shape == ()
+    theirs = observer.calculate_qparams()
+    assert (scale.item(), zero_point.item()) == (theirs[0].item(), theirs[1].item())
     bottom, top = min(bottom, 0.0), max(top, 0.0)
     if bottom == top:
         assert torch.isfinite(scale)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..multiplier import Multiplier
 from ..operators.conv2d import _conv_bwd_ste
-from ..quantization import window_sums
+from ..quantization import pad_codes, window_sums
 from .layer import ApproxLayer
 
 
@@ -21,42 +20,10 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
     ``y[b, o] = sx·sw[o] · (Σ table[xq, wq] − zx·Σwq − zw[o]·Σxq + K·zx·zw[o]) + bias[o]``,
     sums over channels and taps, padded positions holding zx as in hardware.
 
-    Parameters
-    ----------
-    *args, **kwargs
-        `torch.nn.Conv2d`'s.
-    multiplier : Multiplier or str
-        The multiplier, or its name for `approxconv.get_multiplier`.
-    mode : str
-        ``"float"``, ``"quantized"`` or ``"approximate"``.
-    engine : str
-        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
-
-    Raises
-    ------
-    ValueError
-        No such mode, engine or multiplier.
+    Parameters are `torch.nn.Conv2d`'s and `ApproxLayer`'s.
     """
 
     _channel_dim = -3
-
-    def __init__(
-        self,
-        *args: Any,
-        multiplier: Multiplier | str,
-        mode: str = "approximate",
-        engine: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_approx(multiplier, mode, engine)
-
-    @classmethod
-    def from_float(
-        cls, layer: nn.Conv2d, multiplier: Multiplier | str, *, mode: str = "approximate", engine: str = "auto"
-    ) -> ApproxConv2d:
-        """Take over a stock `torch.nn.Conv2d`: the same parameters, not copies, and its hooks."""
-        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine)
 
     def _pads(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)) of zeros."""
@@ -96,14 +63,17 @@ class ApproxConv2d(ApproxLayer, nn.Conv2d):
         batch = shape[0] if len(shape) == 4 else 1
         return (batch, self.in_channels, *size), tuple(self.weight.shape), tuple(conf.values())
 
-    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int) -> Tensor:
+    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor) -> Tensor:
         conf = self._conf()
-        geometry = (conf["stride"], conf["padding"], conf["dilation"])
+        padding = conf["padding"]
+        if isinstance(pad_code, Tensor):  # whose value the operator could not have
+            x, padding, pad_code = pad_codes(x, (*padding[1:] * 2, *padding[:1] * 2), pad_code), (0, 0), 0
+        geometry = (conf["stride"], padding, conf["dilation"])
         if self.groups == self.in_channels:
             return torch.ops.approxconv.lut_dwconv2d(x, w, table, *geometry, pad_code, engine=self.engine)
         return torch.ops.approxconv.lut_conv2d(x, w, table, *geometry, self.groups, pad_code, engine=self.engine)
 
-    def _code_sums(self, x: Tensor, zero_point: int) -> Tensor:
+    def _code_sums(self, x: Tensor, zero_point: int | Tensor) -> Tensor:
         sums = window_sums(x, self.kernel_size, pad=zero_point, **self._conf())
         return sums.repeat_interleave(self.out_channels // self.groups, dim=1) if self.groups > 1 else sums
 

@@ -277,8 +277,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     try:
         model.eval()
         for layer in layers:
-            layer.activation_observer.reset_min_max_vals()
-            layer.mode, layer.observing = "float", True
+            layer.start_calibration()
+            layer.mode = "float"
         with torch.no_grad():
             for batch in batches:
                 _run(model, batch, device)
@@ -290,6 +290,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             module.training = flag
     if count == 0:
         raise ValueError("batches must yield at least one batch, got none")
+    for layer in layers:
+        layer.synchronize_observers()
     for layer in [layer for layer in layers if layer.has_observed()]:
         layer.finish_calibration()
     return model

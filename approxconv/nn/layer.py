@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -12,19 +12,36 @@ from torch.autograd.function import once_differentiable
 
 from .._versioned import once_per_version
 from ..engines import check_engine
-from ..multiplier import Multiplier, prepare
-from ..operators.straight_through import save_operands, saved_operands, wanted
-from ..quantization import OperandFormat, QuantizedWeight, quantize_weight, remove_zero_points
+from ..gradients import GradientTables, GradientTerms, check_gradient, gradient_tables, lut_gradients, noise
+from ..multiplier import Multiplier, check_table_shape, prepare
+from ..operators.straight_through import or_placeholder
+from ..quantization import (
+    Quantization,
+    QuantizedWeight,
+    activation_observer,
+    observed_scale,
+    positive,
+    quantize_bias,
+    quantize_weight,
+    remove_zero_points,
+    weight_scale,
+)
 from ..zoo import get_multiplier
 
-MODES = ("float", "quantized", "approximate")
+MODES = ("float", "quantized", "approximate", "noise")
 _SCALES = ("activation_scale", "weight_scale")
+_FORMAT_VERSION = 2  # of a layer's part of a state_dict; 1 had no noise_factor and no learned scales
 
 
 @once_per_version
 def host_int(tensor: Tensor) -> int:
     """A scalar buffer's value, read back from its device once per version."""
     return int(tensor)
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or a torch.func transform runs this: values stay unread, nothing is kept."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def check_mode(mode: str) -> str:
@@ -43,22 +60,6 @@ def as_multiplier(multiplier: Multiplier | str) -> Multiplier:
     return multiplier
 
 
-def eagerly(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Have torch.compile leave `method` out: it reads scales and weights anew on every call, which a trace would not.
-
-    torch's compiler is imported by the first call, not by the decoration.
-    """
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        disabled = getattr(method, "_disabled", None)
-        if disabled is None:
-            disabled = method._disabled = torch.compiler.disable(method)
-        return disabled(*args, **kwargs)
-
-    return run
-
-
 class ApproxLayer(nn.Module):
     """Mixin placed before a torch layer with `weight` and `bias`; adds modes and the integer path.
 
@@ -66,64 +67,189 @@ class ApproxLayer(nn.Module):
 
     - ``"float"``: the torch layer itself,
     - ``"quantized"``: operands quantised, products exact,
-    - ``"approximate"``: operands quantised, products from the multiplier's table.
+    - ``"approximate"``: operands quantised, products from the multiplier's table,
+    - ``"noise"``: as quantized, plus Gaussian noise of the multiplier's mean and variance times the parameter
+      ``noise_factor``, which is there once the mode is set (`approxconv.gradients.noise`).
 
-    The last two are one path with two tables: look up and add in int32, take the zero points out exactly, rescale once.
+    All but the first are one path with two tables: look up and add in int32, take the zero points out exactly, rescale
+    once. torch.compile, torch.export and torch.func trace it: it then reads no value and writes to no buffer, but for
+    ranges that move (``Quantization(freeze=False)``).
 
     Buffers: ``table`` int32 ``(2**a_bits, 2**w_bits)``, ``operands_signed`` bool ``(2,)``, ``activation_scale`` float32
-    and ``activation_zero_point`` int32 scalars, ``weight_scale`` float32 and ``weight_zero_point`` int32 ``(O,)``,
-    ``calibrated`` bool. Weight scales follow the weights; activation scales are set by `approxconv.calibrate`.
+    and ``activation_zero_point`` int32 scalars, ``weight_scale`` float32 and ``weight_zero_point`` int32 ``(O,)``, or
+    ``(1,)`` per tensor, ``calibrated`` bool. Weight scales follow the weights; activation scales are set by
+    `approxconv.calibrate`. A scale that is learned (range ``"lsq"``) is a parameter of the same name instead.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        The torch layer's.
+    multiplier : Multiplier or str
+        The multiplier, or its name for `approxconv.get_multiplier`.
+    quantization : Quantization, optional
+        How operands and bias are quantised; by default as the multiplier's operand formats suggest.
+    gradient : str or GradientTables
+        What stands for the table's derivative in mode ``"approximate"``: ``"ste"``, the exact product's; ``"lre"``,
+        ``"smooth"`` or tables of your own, see `approxconv.gradients.gradient_tables`. Other modes have the exact one.
+    mode : str
+        ``"float"``, ``"quantized"``, ``"approximate"`` or ``"noise"``.
+    engine : str
+        ``"auto"`` follows `approxconv.use_engine`, then the device; else the engine's name.
+
+    Raises
+    ------
+    ValueError
+        No such mode, engine, gradient or multiplier, or a quantisation that does not fit the multiplier's operands.
     """
 
     weight: Tensor
     bias: Tensor | None
     _channel_dim: int
+    _activations: tuple[str, ...] = ("activation",)
+    _version = _FORMAT_VERSION
 
-    def _init_approx(self, multiplier: Multiplier | str, mode: str, engine: str) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        multiplier: Multiplier | str,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
+        mode: str = "approximate",
+        engine: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_approx(multiplier, mode, engine, quantization, gradient)
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        multiplier: Multiplier | str,
+        *,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
+        mode: str = "approximate",
+        engine: str = "auto",
+    ) -> ApproxLayer:
+        """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
+        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine, quantization, gradient)
+
+    def to_float(self) -> nn.Module:
+        """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
+        stock = next(kind for kind in type(self).__mro__ if not issubclass(kind, ApproxLayer))
+        layer = stock.__new__(stock)
+        _move(self, layer)
+        for store, name in self._own_names:
+            (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
+        hooks = layer._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _no_op]:
+            del hooks[key]
+        return layer
+
+    def _adopt(
+        self,
+        layer: nn.Module,
+        multiplier: Multiplier | str,
+        mode: str,
+        engine: str,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
+    ) -> ApproxLayer:
+        """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
+        _move(layer, self)
+        self._init_approx(multiplier, mode, engine, quantization, gradient)
+        self.train(self.training)
+        return self
+
+    def _init_approx(
+        self,
+        multiplier: Multiplier | str,
+        mode: str,
+        engine: str,
+        quantization: Quantization | None = None,
+        gradient: str | GradientTables = "ste",
+    ) -> None:
         multiplier = as_multiplier(multiplier)
-        self.mode = mode
-        self.engine = engine
+        quantization = Quantization() if quantization is None else quantization
+        if not isinstance(quantization, Quantization):
+            raise ValueError(f"quantization must be a Quantization or None, got {type(quantization).__name__}")
+        formats = quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
+        stock = _names(self)
+        self._mode, self.engine = check_mode(mode), engine
+        self._gradient_kind = _fitting(gradient, multiplier)
         self.observing = False
+        self.quantization = quantization
         self.multiplier_name = multiplier.name
-        device, channels = self.weight.device, self.weight.shape[0]
-        signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
-        self.activation_format = OperandFormat(multiplier.a_bits, multiplier.a_signed)
-        self.weight_format = OperandFormat(multiplier.w_bits, multiplier.w_signed)
+        self.activation_format, self.weight_format = formats
+        self._quantized: tuple[Tensor, tuple[int, ...] | None, QuantizedWeight] | None = None
+        device = next(self.parameters()).device
         # A copy: load_state_dict writes into it, and the multiplier belongs to its user.
         self.register_buffer("table", multiplier.table.to(device, copy=True))
+        signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
         self.register_buffer("operands_signed", signed)
-        self.register_buffer("activation_scale", torch.ones((), dtype=torch.float32, device=device))
-        self.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.ones(channels, dtype=torch.float32, device=device))
-        self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int32, device=device))
+        self._register_operands(device)
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
-        self.activation_observer = self.activation_format.activation_observer().to(device)
-        self._quantized: tuple[Tensor, tuple[int, int] | None, QuantizedWeight] | None = None
         self.register_forward_pre_hook(_no_op)
+        self._derive()
+        self._own_names = {*(_names(self) - stock), (None, "_own_names"), ("_parameters", "noise_factor")}
 
-    def _adopt(self, layer: nn.Module, multiplier: Multiplier | str, mode: str, engine: str) -> ApproxLayer:
-        """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
-        state = layer.__getstate__()  # without its compiled call
-        # The dicts of hooks move, so that their handles still remove them, and `layer` keeps copies.
-        for name, value in vars(nn.Module()).items():
-            if isinstance(value, (dict, set)):
-                layer.__dict__[name] = state[name].copy()
-        self.__dict__.update(state)
-        for key, hook in self._load_state_dict_pre_hooks.items():
-            if hook.with_module:  # a weak reference to it, which would die with `layer`
-                self._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, self)
-        self._init_approx(multiplier, mode, engine)
-        self.activation_observer.train(self.training)
-        return self
+    def _register_operands(self, device: torch.device) -> None:
+        """Make scales, zero points and observers."""
+        for name in self._activations:
+            quantization, operand = self.quantization.activation, self.activation_format
+            scale = torch.ones((), dtype=torch.float32, device=device)
+            if quantization.range == "lsq":
+                self.register_parameter(f"{name}_scale", nn.Parameter(scale.view(1)))
+            else:
+                self.register_buffer(f"{name}_scale", scale)
+            self.register_buffer(f"{name}_zero_point", torch.zeros((), dtype=torch.int32, device=device))
+            setattr(self, f"{name}_observer", activation_observer(quantization, operand).to(device))
+        channels = len(self._filters(self.weight)) if self.quantization.weight.granularity == "per_channel" else 1
+        scale = torch.ones(channels, dtype=torch.float32, device=device)
+        if self.quantization.weight.range == "lsq":
+            self.weight_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int32, device=device))
+        self._start_weight_scale()
+
+    @torch.no_grad()
+    def _start_weight_scale(self) -> None:
+        """The first scale of a weight whose scale is learned."""
+        if self.quantization.weight.range == "lsq" and not self.weight.is_meta:
+            scales = weight_scale(self._filters(self.weight), self.weight_format, self.quantization.weight)
+            self.weight_scale.copy_(scales[0])
+            self.weight_zero_point.copy_(scales[1])
+
+    def _derive(self) -> None:
+        """What modes need of the tables, made where nothing is traced."""
+        if self.mode == "noise" and "noise_factor" not in self._parameters:
+            self.register_parameter("noise_factor", nn.Parameter(torch.ones(1, device=self.table.device)))
+        self._exact: Tensor | None = None
+        self._terms: GradientTerms | None = None
+        self._error = 0.0, 0.0
+        if self.table.is_meta:
+            return
+        bits = check_table_shape(self.table)
+        signs = self.activation_format.signed, self.weight_format.signed
+        self._exact = Multiplier.exact(bits, *signs).on(self.table.device)
+        if self._gradient_kind != "ste":
+            self._terms = gradient_tables(self.multiplier, self._gradient_kind).terms.to(self.table.device)
+        if self.mode == "noise":
+            figures = self.multiplier.metrics()
+            self._error = figures["bias"], max(figures["variance"], 0.0)
 
     @property
     def mode(self) -> str:
-        """``"float"``, ``"quantized"`` or ``"approximate"``; setting another one is a ValueError."""
+        """``"float"``, ``"quantized"``, ``"approximate"`` or ``"noise"``; setting another one is a ValueError."""
         return self._mode
 
     @mode.setter
     def mode(self, mode: str) -> None:
         self._mode = check_mode(mode)
+        if mode == "noise":
+            self._derive()
 
     @property
     def engine(self) -> str:
@@ -135,6 +261,16 @@ class ApproxLayer(nn.Module):
         self._engine = check_engine(engine)
 
     @property
+    def gradient(self) -> str | GradientTables:
+        """``"ste"``, ``"lre"``, ``"smooth"`` or tables that fit the multiplier's; setting another is a ValueError."""
+        return self._gradient_kind
+
+    @gradient.setter
+    def gradient(self, gradient: str | GradientTables) -> None:
+        self._gradient_kind = _fitting(gradient, self.multiplier)
+        self._derive()
+
+    @property
     def multiplier(self) -> Multiplier:
         """The multiplier this layer's table holds."""
         return Multiplier(
@@ -144,9 +280,43 @@ class ApproxLayer(nn.Module):
             name=self.multiplier_name,
         )
 
-    @eagerly
+    def set_multiplier(self, multiplier: Multiplier | str) -> None:
+        """Look up in another table from now on; weights stay what and where they are.
+
+        One of the same operand formats keeps all scales. One of others is quantised for anew: activation ranges are
+        those that were observed, without which the layer needs `approxconv.calibrate` again; learned scales start anew.
+
+        Raises
+        ------
+        ValueError
+            No such multiplier, or one whose operands the layer's quantisation or gradient tables do not fit; nothing
+            has changed.
+        """
+        multiplier = as_multiplier(multiplier)
+        formats = self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
+        _fitting(self._gradient_kind, multiplier)
+        device, same = self.table.device, check_table_shape(self.table) == multiplier.bits
+        same = same and formats == (self.activation_format, self.weight_format)
+        self.table = multiplier.table.to(device, copy=True)
+        self.multiplier_name = multiplier.name
+        if not same:
+            self.activation_format, self.weight_format = formats
+            self.operands_signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
+            for name in self._activations:
+                known = getattr(self, f"{name}_observer")
+                observer = activation_observer(self.quantization.activation, self.activation_format).to(device)
+                observer.load_state_dict(known.state_dict())
+                setattr(self, f"{name}_observer", observer)
+            self._quantized = None
+            if self.has_observed():
+                self._set_scales()
+            else:
+                self.calibrated.fill_(False)
+                self._start_weight_scale()
+        self._derive()
+
     def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer in its mode; shapes as the torch layer's. Inside a compiled model it runs as it is.
+        """Apply the layer in its mode; shapes as the torch layer's.
 
         Raises
         ------
@@ -157,12 +327,29 @@ class ApproxLayer(nn.Module):
             if self.observing:
                 self.activation_observer(input.detach().float())
             return super().forward(input)
-        if not host_int(self.calibrated):
-            raise RuntimeError(
-                f"{type(self).__name__} in mode {self.mode!r} has no activation range yet: run "
-                "approxconv.calibrate(model, batches) first, or load a calibrated state_dict"
-            )
+        self._check_calibrated()
         return self._integer_forward(input).to(input.dtype)
+
+    def _check_calibrated(self) -> None:
+        if self._moves():
+            return
+        advice = (
+            f"{type(self).__name__} in mode {self.mode!r} has no activation range yet: run "
+            "approxconv.calibrate(model, batches) first, or load a calibrated state_dict"
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async(self.calibrated, advice)
+        elif not host_int(self.calibrated):
+            raise RuntimeError(advice)
+
+    def _moves(self) -> bool:
+        """Whether activation ranges move with this forward pass."""
+        return self.training and not self.quantization.freeze and self.quantization.activation.range != "lsq"
+
+    def synchronize_observers(self) -> None:
+        """Join what was observed with all ranks of `torch.distributed`; every rank must come here."""
+        for name in self._activations:
+            getattr(self, f"{name}_observer").synchronize()
 
     def has_observed(self) -> bool:
         """Whether a batch reached this layer since its observer was reset.
@@ -172,24 +359,47 @@ class ApproxLayer(nn.Module):
         ValueError
             One did, with values that are not finite.
         """
-        low, high = self.activation_observer.min_val, self.activation_observer.max_val
-        if low > high:  # as initialised
-            return False
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(
-                f"batches drove a {type(self).__name__} with values from {low.item()} to {high.item()}; they must be "
-                "finite"
-            )
+        for name in self._activations:
+            observer = getattr(self, f"{name}_observer")
+            low, high = observer.min_val, observer.max_val
+            if low > high:  # as initialised
+                return False
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise ValueError(
+                    f"batches drove a {type(self).__name__} with values from {low.item()} to {high.item()}; they must "
+                    "be finite"
+                )
         return True
+
+    def start_calibration(self) -> None:
+        """Forget what was observed; observe what comes in mode ``"float"`` while `observing` is True."""
+        for name in self._activations:
+            getattr(self, f"{name}_observer").reset_min_max_vals()
+        self.observing = True
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
-        """Turn the observed range into scale and zero point."""
-        scale, zero_point = self.activation_observer.calculate_qparams()
-        self.activation_scale.copy_(scale.view(()))
-        self.activation_zero_point.copy_(zero_point.view(()))
+        """Turn the observed ranges into scales and zero points; learned weight scales start anew."""
+        self.observing = False
+        for name in self._activations:
+            observer = getattr(self, f"{name}_observer")
+            scale, zero_point = observed_scale(observer, self.quantization.activation, self.activation_format)
+            getattr(self, f"{name}_scale").copy_(scale)
+            getattr(self, f"{name}_zero_point").copy_(zero_point)
         self.calibrated.fill_(True)
+        self._start_weight_scale()
         self.quantized_weight()
+
+    @torch.no_grad()
+    def _move_range(self, name: str, real: Tensor) -> None:
+        """Let a range follow a training batch, joint over all ranks."""
+        observer = getattr(self, f"{name}_observer")
+        observer(real)
+        observer.synchronize()
+        scale, zero_point = observed_scale(observer, self.quantization.activation, self.activation_format)
+        getattr(self, f"{name}_scale").copy_(scale)
+        getattr(self, f"{name}_zero_point").copy_(zero_point)
+        self.calibrated.fill_(True)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, scales and zero points of the weight as it is now.
@@ -197,25 +407,43 @@ class ApproxLayer(nn.Module):
         Kept from one call to the next only in eval mode without gradients: fused optimizers and ``weight.data`` change
         a weight without raising its version.
         """
+        if is_traced():
+            return self._quantize_weight()
         state = None
         if not (self.training or torch.is_grad_enabled() or self.weight.is_inference()):
-            state = (self.weight._version, self.weight.data_ptr())
+            state = (self.weight._version, self.weight.data_ptr(), self.weight_scale._version)
         known = self._quantized
         if known is None or state is None or known[0] is not self.weight or known[1] != state:
-            quantized = quantize_weight(self.weight, self.weight_format)
-            with torch.no_grad():
-                self.weight_scale.copy_(quantized.scale)
-                self.weight_zero_point.copy_(quantized.zero_point)
+            quantized = self._quantize_weight()
+            if not self._learns("weight"):
+                with torch.no_grad():
+                    for name in ("scale", "zero_point"):
+                        buffer = getattr(self, f"weight_{name}")
+                        buffer.copy_(getattr(quantized, name)[: len(buffer)])
+            if state is not None:
+                state = (*state[:2], self.weight_scale._version)
             known = self._quantized = (self.weight, state, quantized)
         return known[2]
+
+    def _quantize_weight(self) -> QuantizedWeight:
+        learned = (positive(self.weight_scale), self.weight_zero_point) if self._learns("weight") else None
+        return quantize_weight(self._filters(self.weight), self.weight_format, self.quantization.weight, learned)
+
+    def _learns(self, name: str) -> bool:
+        """Whether the scale of an operand is a parameter."""
+        return f"{name}_scale" in self._parameters
+
+    def _filters(self, weight: Tensor) -> Tensor:
+        """The weight as ``(O, ...)``, output channels first, which is what is quantised and looked up."""
+        return weight
 
     def operation_table(self) -> Tensor:
         """The table that the layer looks up in its mode: the multiplier's, or the exact one of its formats."""
         if self.mode == "approximate":
             return self.table
-        formats = (self.activation_format, self.weight_format)
-        exact = Multiplier.exact(tuple(f.bits for f in formats), *(f.signed for f in formats))
-        return exact.on(self.table.device)
+        if self._exact is None or self._exact.device != self.table.device:
+            self._derive()
+        return self._exact
 
     def _integer_forward(self, input: Tensor) -> Tensor:
         """Quantise, look up and add, take the zero points out, rescale, add the bias.
@@ -223,38 +451,129 @@ class ApproxLayer(nn.Module):
         The layer supplies its operator: ``operand_shapes(input_shape)``, those of both operands and a convolution's
         geometry, ``_lookup(x_codes, w_codes, table, pad_code)`` to int32 sums,
         ``_code_sums(x_codes, zero_point)`` to the Σ_k xq behind each sum, ``_gradient(grad, x, w, needs)`` to the exact
-        operator's ``(grad_x, grad_w)``, and `_channel_dim`, where the output channels lie, from the end.
+        operator's ``(grad_x, grad_w)``, and `_channel_dim`, where the output channels lie, from the end. Where the
+        layer is traced, `pad_code` and `zero_point` may be a scalar integer tensor, as of `pad_codes`.
         """
-        real, weight = input.float(), self.quantized_weight()
-        zero_point = host_int(self.activation_zero_point)
-        codes = self.activation_format.quantize(real, self.activation_scale, self.activation_zero_point)
+        real, operand = input.float(), self.activation_format
+        if self._moves():
+            self._move_range("activation", real)
+        traced, weight = is_traced(), self.quantized_weight()
+        sx, zx = self.activation_scale.detach().reshape(()), self.activation_zero_point
+        if self._learns("activation"):
+            sx = positive(sx)
+        zero_point = host_int(zx) if not traced else 0 if operand.symmetric else zx
+        codes = operand.quantize(real, sx, zx)
         table = self.operation_table()
         depth = weight.codes[0].numel()
-        largest = max(prepare(table).magnitude, 2 ** (self.activation_format.bits + self.weight_format.bits))
+        bound = 2**31  # int64 holds all that the operator allows
+        if not traced:
+            bound = 4 * depth * max(prepare(table).magnitude, table.numel())
         column = (-1, *[1] * (-self._channel_dim - 1))
         sums = remove_zero_points(
             self._lookup(codes, weight.codes, table, zero_point),
             weight,
             zero_point,
-            None if self.weight_format.signed else self._code_sums(codes, zero_point),
+            None if self.weight_format.symmetric else self._code_sums(codes, zero_point),
             column,
-            4 * depth * largest,
+            bound,
         )
-        scale = (self.activation_scale * weight.scale).view(column)
-        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
-            x_format, w_format = self.activation_format, self.weight_format
-            x = torch.fake_quantize_per_tensor_affine(
-                real, self.activation_scale, self.activation_zero_point, x_format.low, x_format.high
-            )
-            w = torch.fake_quantize_per_channel_affine(
-                self.weight.float(), weight.scale, weight.zero_point, 0, w_format.low, w_format.high
-            )
-            output = _StraightThrough.apply(
-                x, w, sums, scale, codes, self.activation_scale.clone(), zero_point, self._gradient
-            )
+        scale = (sx * weight.scale).view(column)
+        bias = None if self.bias is None else self.bias.float().view(column)
+        if bias is not None and self.quantization.bias_bits is not None:
+            sums = sums + quantize_bias(bias, scale)
+            bias = bias - bias.detach()  # 0, with the gradient
+        if torch.is_grad_enabled() and (real.requires_grad or any(p.requires_grad for p in self._operands())):
+            output = self._recorded(real, sums, scale, codes, weight, sx, zx)
         else:
             output = _rescaled(sums, scale)
-        return output if self.bias is None else output + self.bias.float().view(column)
+        if self.mode == "noise":
+            output = output + noise(output, depth, *self._error, scale, self.noise_factor)
+        return output if bias is None else output + bias
+
+    def _operands(self) -> list[nn.Parameter]:
+        """Parameters that the product depends on."""
+        return [p for name, p in self.named_parameters(recurse=False) if name not in ("bias", "noise_factor")]
+
+    def _recorded(
+        self,
+        real: Tensor,
+        sums: Tensor,
+        scale: Tensor,
+        codes: Tensor,
+        weight: QuantizedWeight,
+        sx: Tensor,
+        zx: Tensor,
+    ) -> Tensor:
+        """The rescaled sums, with a gradient by way of the fake-quantised operands."""
+        filters = self._filters(self.weight).float()
+        features = max(math.prod(real.shape[1:]), 1)
+        x = self._fake_quantized("activation", real, sx, zx, features)
+        w = self._fake_quantized(
+            "weight", filters, weight.scale, weight.zero_point, filters.numel() // len(self.weight_scale)
+        )
+        needs, terms = (x.requires_grad, w.requires_grad), self._terms
+        sx, zx = sx.clone(), zx.clone()  # what is kept for the backward pass is the layer's own
+        function = _LookUp if not torch.compiler.is_compiling() else _TracedLookUp
+        if terms is None or self.mode != "approximate":
+            # The codes stand for x: a byte an element instead of a float.
+            kept = (codes if needs[1] else None, w if needs[0] else None, sx, zx)
+            return function.apply(x, w, sums, scale, self._straight_through, *kept)
+        reads = terms.reads(needs)
+        kept = (codes if reads[0] else None, weight.codes if reads[1] else None)
+        return function.apply(x, w, sums, scale, self._by_terms, *kept, sx, zx, weight.scale, weight.zero_point, *terms)
+
+    def _fake_quantized(self, name: str, real: Tensor, scale: Tensor, zero_point: Tensor, features: int) -> Tensor:
+        operand = getattr(self, f"{name}_format")
+        if self._learns(name):
+            learned = getattr(self, f"{name}_scale")
+            return operand.fake_quantize_learned(
+                real, learned, zero_point[: len(learned)] if zero_point.ndim else zero_point, features
+            )
+        return operand.fake_quantize(real, scale, zero_point)
+
+    def _straight_through(
+        self,
+        grad: Tensor,
+        needs: tuple[bool, bool],
+        shapes: tuple[torch.Size, torch.Size],
+        codes: Tensor | None,
+        w: Tensor | None,
+        sx: Tensor,
+        zx: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The exact operator's gradients, at the fake-quantised operands."""
+        x = or_placeholder(None, shapes[0], grad) if codes is None else codes.to(sx.dtype).sub_(zx).mul_(sx)
+        return self._gradient(grad, x, or_placeholder(w, shapes[1], grad), needs)
+
+    def _by_terms(
+        self,
+        grad: Tensor,
+        needs: tuple[bool, bool],
+        shapes: tuple[torch.Size, torch.Size],
+        x_codes: Tensor | None,
+        w_codes: Tensor | None,
+        sx: Tensor,
+        zx: Tensor,
+        sw: Tensor,
+        zw: Tensor,
+        *terms: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Those by the slopes of the table."""
+        column = (-1, *[1] * (len(shapes[1]) - 1))
+        others = [dim for dim in range(grad.ndim) if dim != grad.ndim + self._channel_dim]
+        return lut_gradients(
+            GradientTerms(*terms),
+            grad,
+            or_placeholder(x_codes, shapes[0], grad),
+            or_placeholder(w_codes, shapes[1], grad),
+            sx,
+            zx,
+            sw.view(column),
+            zw.view(column),
+            self._gradient,
+            needs,
+            lambda grad: grad.sum(others).view(column),
+        )
 
     def train(self, mode: bool = True) -> ApproxLayer:
         """As in torch. Weights changed in eval mode behind autograd's back (``weight.data``) are seen from here on."""
@@ -262,26 +581,50 @@ class ApproxLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ApproxLayer:
-        observer = self.activation_observer._buffers
-        kept = [(self._buffers, name, self._buffers[name]) for name in _SCALES]
-        kept += [(observer, name, value) for name, value in observer.items() if value.is_floating_point()]
+        stores = [self._buffers, self._parameters]
+        stores += [getattr(self, f"{name}_observer")._buffers for name in self._activations]
+        names = {*self._scale_names(), "noise_factor"}
+        kept = [
+            (store, name, value.dtype, value.detach())
+            for store in stores
+            for name, value in store.items()
+            if value is not None and value.is_floating_point() and (store not in stores[:2] or name in names)
+        ]
         super()._apply(fn, recurse)
-        for buffers, name, value in kept:  # half() is about weights; an 11-bit scale would shift every code
-            if buffers[name].dtype != value.dtype:
-                buffers[name] = value.to(buffers[name].device)
+        for store, name, dtype, value in kept:  # half() is about weights; an 11-bit scale would shift every code
+            if store[name].dtype != dtype:
+                value = value.to(store[name].device)
+                if isinstance(store[name], nn.Parameter):
+                    store[name].data = value
+                else:
+                    store[name] = value
         self._quantized = None
+        self._derive()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_quantized": None}
+        return {**super().__getstate__(), "_quantized": None, "_exact": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._derive()
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if not self.weight.is_meta:
             self.quantized_weight()  # the scales that are saved are those of the weights that are saved
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         errors = args[-1]
+        version = local_metadata.get("version")
+        if version is not None and version > _FORMAT_VERSION:
+            errors.append(
+                f"{prefix}table: saved in format {version} by a newer approxconv; this one reads up to "
+                f"{_FORMAT_VERSION}"
+            )
+            return
         signed, table = state_dict.get(f"{prefix}operands_signed"), state_dict.get(f"{prefix}table")
         own = [self.activation_format.signed, self.weight_format.signed]
         if signed is not None and signed.tolist() != own:
@@ -292,17 +635,60 @@ class ApproxLayer(nn.Module):
         loads = table is not None and table.shape == self.table.shape
         if loads and (self.table.is_meta or not torch.equal(table, self.table.to(table))):
             self.multiplier_name = ""
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self._scale_names():  # a scale that is learned here may have been computed there, and vice versa
+            saved, here = state_dict.get(f"{prefix}{name}"), getattr(self, name)
+            if saved is not None and saved.numel() == here.numel():
+                state_dict[f"{prefix}{name}"] = saved.view(here.shape)
+        if f"{prefix}noise_factor" in state_dict and "noise_factor" not in self._parameters:
+            self.register_parameter("noise_factor", nn.Parameter(torch.ones(1, device=self.table.device)))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._quantized = None
+        self._derive()
+
+    def _scale_names(self) -> list[str]:
+        return [f"{name}_scale" for name in (*self._activations, "weight")]
 
     def extra_repr(self) -> str:
-        """The torch layer's, then multiplier, mode and engine."""
-        name = self.multiplier_name or "custom"
-        return f"{super().extra_repr()}, multiplier={name}, mode={self.mode}, engine={self.engine}"
+        """The torch layer's, then multiplier, mode, engine; quantisation and gradient if they are not the default."""
+        parts = [super().extra_repr(), f"multiplier={self.multiplier_name or 'custom'}", f"mode={self.mode}"]
+        parts.append(f"engine={self.engine}")
+        if self.quantization != Quantization():
+            parts.append(f"quantization={self.quantization}")
+        if self.gradient != "ste":
+            parts.append(f"gradient={self.gradient if isinstance(self.gradient, str) else 'custom'}")
+        return ", ".join(parts)
 
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that keeps torch's fused inference paths, which read `weight` and skip modules without hooks, away."""
+
+
+def _fitting(gradient: str | GradientTables, multiplier: Multiplier) -> str | GradientTables:
+    """Return `gradient` if there is such a one for the multiplier, else raise a ValueError."""
+    if isinstance(check_gradient(gradient), GradientTables):
+        gradient_tables(multiplier, gradient)
+    return gradient
+
+
+def _names(module: nn.Module) -> set[tuple[str | None, str]]:
+    """Where a module holds what: attributes, and entries of its parameters, buffers and modules."""
+    stores = {None: vars(module), **{store: vars(module)[store] for store in ("_parameters", "_buffers", "_modules")}}
+    return {(store, name) for store, names in stores.items() for name in names}
+
+
+def _move(source: nn.Module, target: nn.Module) -> None:
+    """Give a new module all that another has.
+
+    The dicts of hooks move, so that their handles still remove them, and `source` keeps copies.
+    """
+    state = source.__getstate__()  # without its compiled call
+    for name, value in vars(nn.Module()).items():
+        if isinstance(value, (dict, set)):
+            source.__dict__[name] = state[name].copy()
+    target.__dict__.update(state)
+    for key, hook in target._load_state_dict_pre_hooks.items():
+        if hook.with_module:  # a weak reference to it, which would die with `source`
+            target._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, target)
 
 
 def _rescaled(sums: Tensor, scale: Tensor) -> Tensor:
@@ -310,31 +696,34 @@ def _rescaled(sums: Tensor, scale: Tensor) -> Tensor:
     return sums.float().mul_(scale)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The looked-up output forward; backward as if the fake-quantised operands had been multiplied exactly."""
+class _TracedLookUp(torch.autograd.Function):
+    """The looked-up output forward; backward by a rule, as if the fake-quantised operands had been multiplied.
+
+    ``rule(grad, needs, shapes, *kept)`` returns the gradients of x and w.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        sums: Tensor,
-        output_scale: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: int,
-        gradient: Callable[..., tuple[Tensor | None, Tensor | None]],
+        x: Tensor, w: Tensor, sums: Tensor, scale: Tensor, rule: Callable[..., Any], *kept: Tensor | None
     ) -> Tensor:
-        # The codes stand for x: a byte an element instead of a float.
-        save_operands(ctx, codes, w)
-        ctx.scale, ctx.zero_point, ctx.gradient = scale, zero_point, gradient
-        return _rescaled(sums, output_scale)
+        return _rescaled(sums, scale)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, _, ctx.rule, *kept = inputs
+        ctx.shapes = x.shape, w.shape
+        ctx.save_for_backward(*kept)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = saved_operands(ctx, grad)
-        needs = wanted(ctx)
-        if needs[1]:
-            x = x.to(ctx.scale.dtype).sub_(ctx.zero_point).mul_(ctx.scale)
-        return *ctx.gradient(grad, x, w, needs), None, None, None, None, None, None
+        kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        return *ctx.rule(grad, needs, ctx.shapes, *kept), None, None, None, *[None] * len(kept)
+
+
+class _LookUp(_TracedLookUp):
+    """The same, which says so if it is differentiated twice; torch.compile says it itself."""
+
+    backward = staticmethod(once_differentiable(_TracedLookUp.backward))
