@@ -430,7 +430,7 @@ def _retrain(arguments: argparse.Namespace) -> None:
         model = set_mode(experiment.model, arguments.mode)
         share = {"device": device, "rank": rank, "ranks": ranks, "workers": arguments.workers}
         training = Training.with_adam(
-            DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model,
+            DistributedDataParallel(model) if ranks > 1 else model,
             Batches(experiment.train, arguments.batch_size, seed=arguments.seed, **share),
             epochs=arguments.epochs,
             lr=arguments.lr,

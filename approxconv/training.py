@@ -368,10 +368,7 @@ class Training:
         self.model.eval()
 
     def _share_buffers(self) -> None:
-        """Have all ranks go on with the first one's statistics, as after a resumption.
-
-        Once an epoch: DistributedDataParallel would send every layer's table before every batch.
-        """
+        """Have all ranks end an epoch with the first one's statistics, as they begin each batch with them."""
         if _is_distributed():
             for buffer in self.model.buffers():
                 if buffer.is_floating_point():

@@ -39,6 +39,11 @@ def host_int(tensor: Tensor) -> int:
     return int(tensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that `torch.distributed.fsdp.fully_shard` has sharded, outside a forward pass; a collective then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or a torch.func transform runs this: values stay unread, nothing is kept."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -218,7 +223,7 @@ class ApproxLayer(nn.Module):
     def _start_weight_scale(self) -> None:
         """The first scale of a weight whose scale is learned."""
         if self.quantization.weight.range == "lsq" and not self.weight.is_meta:
-            scales = weight_scale(self._filters(self.weight), self.weight_format, self.quantization.weight)
+            scales = weight_scale(self._filters(whole(self.weight)), self.weight_format, self.quantization.weight)
             self.weight_scale.copy_(scales[0])
             self.weight_zero_point.copy_(scales[1])
 
@@ -426,8 +431,8 @@ class ApproxLayer(nn.Module):
         return known[2]
 
     def _quantize_weight(self) -> QuantizedWeight:
-        learned = (positive(self.weight_scale), self.weight_zero_point) if self._learns("weight") else None
-        return quantize_weight(self._filters(self.weight), self.weight_format, self.quantization.weight, learned)
+        learned = (positive(whole(self.weight_scale)), self.weight_zero_point) if self._learns("weight") else None
+        return quantize_weight(self._filters(whole(self.weight)), self.weight_format, self.quantization.weight, learned)
 
     def _learns(self, name: str) -> bool:
         """Whether the scale of an operand is a parameter."""
