@@ -8,7 +8,7 @@ from .explanation import Explanation, explain
 from .factorize import Factorization, factorize
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
 from .multiplier import Multiplier
-from .nn import approximate, calibrate, set_mode
+from .nn import approximate, calibrate, model_summary, set_mode, set_multiplier, to_float
 from .pictures import compare
 from .wide import WideMultiplier
 from .zoo import get_multiplier, get_wide_multiplier, list_multipliers
@@ -33,10 +33,13 @@ __all__ = [
     "list_multipliers",
     "load_function",
     "load_multiplier",
+    "model_summary",
     "nn",
     "operators",
     "save_multiplier",
     "set_mode",
+    "set_multiplier",
+    "to_float",
     "use_engine",
 ]
 

@@ -29,15 +29,16 @@ from .diagnosis import doctor
 from .engines import select
 from .formats import list_formats, load_multiplier, options_of, save_multiplier
 from .formats.format import ORDERS
+from .gradients import GRADIENTS
 from .multiplier import Multiplier
-from .nn import approximate, calibrate, set_mode
+from .nn import approx_layers, approximate, calibrate, set_mode
 from .nn.layer import MODES
+from .quantization import OperandQuantization, Quantization
 from .training import (
     Batches,
     Log,
     Score,
     Training,
-    check_settings,
     in_order,
     process_group,
     read_checkpoint,
@@ -338,8 +339,8 @@ def _datasets(arguments: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return tuple(made)
 
 
-def _per_layer(path: Path | None) -> dict[str, Multiplier]:
-    """Pattern → multiplier, from YAML or JSON; files are looked for beside it."""
+def _per_layer(path: Path | None) -> dict[str, Any]:
+    """What a YAML or JSON file says of layers, by pattern."""
     if path is None:
         return {}
     if path.suffix == ".json":
@@ -354,12 +355,29 @@ def _per_layer(path: Path | None) -> dict[str, Multiplier]:
         choices = load(path.read_text())
     except malformed as error:
         raise CommandError(f"--per-layer {path}: {error}") from error
-    if not isinstance(choices, dict) or not all(isinstance(each, str) for pair in choices.items() for each in pair):
-        raise CommandError(f"--per-layer {path} must map patterns of layers to names or files of multipliers")
-    beside = {name: path.parent / name for name in choices.values()}
+    if not isinstance(choices, dict):
+        raise CommandError(f"--per-layer {path} must map patterns of layers to multipliers or settings")
     return {
-        pattern: _multiplier(str(beside[name]) if beside[name].is_file() else name) for pattern, name in choices.items()
+        pattern: choice if isinstance(choice, dict) else {"multiplier": choice} for pattern, choice in choices.items()
     }
+
+
+def _layer_settings(choice: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What `approximate` takes of them; a multiplier's file is looked for beside the map first."""
+    own = dict(choice)
+    try:
+        if "multiplier" in own:
+            beside = path.parent / str(own["multiplier"])
+            own["multiplier"] = _multiplier(str(beside if beside.is_file() else own["multiplier"]))
+        if "quantization" in own:
+            parts = {
+                name: OperandQuantization(**part) if isinstance(part, dict) else part
+                for name, part in own["quantization"].items()
+            }
+            own["quantization"] = Quantization(**parts)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise CommandError(f"--per-layer {path}: {error}") from error
+    return own
 
 
 @dataclass(frozen=True)
@@ -380,8 +398,9 @@ def _experiment(arguments: argparse.Namespace, device: torch.device) -> _Experim
         _model(arguments).to(device),
         multiplier,
         skip=arguments.skip,
-        per_layer=per_layer,
+        per_layer={pattern: _layer_settings(choice, arguments.per_layer) for pattern, choice in per_layer.items()},
         first_last=arguments.first_last,
+        gradient=arguments.gradient,
         engine=arguments.engine,
         inplace=True,
     )
@@ -390,9 +409,10 @@ def _experiment(arguments: argparse.Namespace, device: torch.device) -> _Experim
     settings = {
         "model": arguments.model,
         "multiplier": f"{multiplier.name} ({multiplier.content_hash})",
-        "per_layer": {pattern: f"{each.name} ({each.content_hash})" for pattern, each in per_layer.items()},
+        "per_layer": per_layer,
         "skip": arguments.skip,
         "first_last": arguments.first_last,
+        "gradient": arguments.gradient,
     }
     return _Experiment(model, train, test, settings)
 
@@ -406,9 +426,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     experiment = _experiment(arguments, device)
     if arguments.checkpoint is not None:
         path = arguments.checkpoint / CHECKPOINT if arguments.checkpoint.is_dir() else arguments.checkpoint
-        content = read_checkpoint(path)
-        check_settings(path, content, experiment.settings)
-        experiment.model.load_state_dict(content["model"])
+        layers = approx_layers(experiment.model)
+        wanted = {name: layer.multiplier for name, layer in layers.items()}
+        try:
+            experiment.model.load_state_dict(read_checkpoint(path)["model"])
+        except RuntimeError as error:
+            raise CommandError(f"--checkpoint {path}: {error}") from error
+        for name, layer in layers.items():
+            layer.set_multiplier(wanted[name])
     console, scores = _console(stderr=arguments.json), {}
     for mode in arguments.mode or ("float", "quantized", "approximate"):
         set_mode(experiment.model, mode)
@@ -640,15 +665,19 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multiplier", required=True, metavar="NAME|FILE", help="a name from approxconv list, or a file"
     )
-    parser.add_argument("--per-layer", type=Path, metavar="FILE", help="YAML or JSON map: layers' pattern to NAME|FILE")
+    parser.add_argument(
+        "--per-layer",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON: pattern of layers → NAME|FILE, or multiplier, quantization, gradient, mode, engine",
+    )
     parser.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="layers to leave in float; repeatable"
     )
     parser.add_argument(
         "--first-last",
         choices=("approximate", "quantized", "float"),
-        default="approximate",
-        help="what becomes of the first and the last layer (default approximate)",
+        help="what becomes of the first and the last layer (default quantized, if there are others)",
     )
     parser.add_argument(
         "--model",
@@ -662,6 +691,9 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         default="approxconv.demo:digits",
         metavar="MODULE:FACTORY",
         help="returns two datasets, to train on and held out (default: scikit-learn's handwritten digits)",
+    )
+    parser.add_argument(
+        "--gradient", choices=GRADIENTS, default="ste", help="what stands for the table's derivative (default ste)"
     )
     parser.add_argument("--engine", default="auto", help="auto (default) or an engine's name")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")

@@ -143,7 +143,7 @@ def evaluate(
     def measured(mode: str) -> Score:
         return score(set_mode(model, mode), in_order(test_data, device=device))
 
-    model = approximate(float_model, multiplier)
+    model = approximate(float_model, multiplier, first_last="approximate")
     calibrate(model, in_order(train_data, device=device))
     at_8bit = measured("quantized").accuracy
     before = [measured("approximate") for _ in range(3)]

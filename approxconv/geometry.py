@@ -61,7 +61,7 @@ def flat_batches(x: Tensor, w: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tens
     y : Tensor
         ``(..., M, N)``, contiguous.
     """
-    if w.ndim == 2 and x.ndim > 2 and x.is_contiguous():  # one w for all: more rows, not more products
+    if w.ndim == 2 and x.is_contiguous():  # one w for all: more rows, not more products
         yield x.view(1, -1, x.shape[-1]), w[None], y.view(1, -1, y.shape[-1])
     else:
         batch = y.shape[:-2]

@@ -12,8 +12,8 @@ for each product. Where ``D = Σ_r f_r[a]·g_r[w]``, the sums over products are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class GradientTerms(NamedTuple):
         return needs[1] or (needs[0] and len(self.f_a) > 1), needs[0] or (needs[1] and len(self.f_w) > 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GradientTables:
     """Slopes of a product by each operand's value, one for each pair of codes.
 
@@ -67,6 +67,11 @@ class GradientTables:
     tolerance : float
         How far off the sum of terms may be that stands for a table, relative to it in the Frobenius norm. A backward
         pass takes the time of as many exact ones as there are terms.
+
+    Attributes
+    ----------
+    terms : GradientTerms
+        The tables as sums of products, as few as the tolerance allows; not to be written to.
 
     Raises
     ------
@@ -81,6 +86,7 @@ class GradientTables:
     by_activation: Tensor
     by_weight: Tensor
     tolerance: float = _TOLERANCE
+    terms: GradientTerms = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("by_activation", "by_weight"):
@@ -96,14 +102,13 @@ class GradientTables:
                 f"{tuple(self.by_activation.shape)} and {tuple(self.by_weight.shape)}"
             )
         _check_tolerance(self.tolerance)
-
-    @cached_property
-    def terms(self) -> GradientTerms:
-        """The tables as sums of products, as few as the tolerance allows; not to be written to."""
         f_a, g_a = _factorize(self.by_activation.numpy(), self.tolerance)
         g_w, f_w = _factorize(self.by_weight.numpy().T, self.tolerance)
-        with _disable_current_modes(), torch.inference_mode(False):  # they outlive who asks first
-            return GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w)))
+        with torch.inference_mode(False):  # they outlive who makes them
+            object.__setattr__(self, "terms", GradientTerms(*(_by_byte(each) for each in (f_a, g_a, f_w, g_w))))
+
+    def __repr__(self) -> str:
+        return f"GradientTables(shape={tuple(self.by_weight.shape)}, tolerance={self.tolerance})"
 
 
 def _check_tolerance(tolerance: float) -> None:
@@ -113,7 +118,7 @@ def _check_tolerance(tolerance: float) -> None:
 
 def check_gradient(gradient: str | GradientTables) -> str | GradientTables:
     """Return `gradient` if it is one, else raise a ValueError that lists what there is."""
-    if not isinstance(gradient, GradientTables) and gradient not in GRADIENTS:
+    if not isinstance(gradient, GradientTables) and not (isinstance(gradient, str) and gradient in GRADIENTS):
         names = ", ".join(map(repr, GRADIENTS))
         raise ValueError(f"gradient must be one of {names} or a GradientTables, got {gradient!r:.200}")
     return gradient
@@ -162,15 +167,15 @@ def gradient_tables(
 
     Notes
     -----
-    "ste": Y. Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
-    Computation", arXiv 1308.3432. "lre": as in ApproxTorch (K. Ma, S. Kimura, "ApproxTorch: An Approximate Multiplier
-    Evaluation Environment for CNNs based on Pytorch", ISOCC 2022) and, as 1-D tables, in C. Meng, W. Burleson,
-    G. De Micheli, "Gradient Estimation Methods of Approximate Multipliers for High-Accuracy Retraining of Deep
-    Learning Models", arXiv 2509.10519. "smooth": C. Meng, W. Burleson, W. Qian, G. De Micheli, "Gradient Approximation
-    of Approximate Multipliers for High-Accuracy Deep Neural Network Retraining", DATE 2025. That has
-    ``(max table − min table)/N`` at the ends, for unsigned operands; the mean slope is nearly that where the table does
-    not decrease, negative where it falls, and linear in the table, so that slopes have no more terms than
-    ``table − a·w``, and one.
+    "ste": Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons for
+    Conditional Computation", arXiv 1308.3432. "lre": so named by ApproxTorch's code (K. Ma, S. Kimura, "ApproxTorch: An
+    Approximate Multiplier Evaluation Environment for CNNs based on Pytorch", ISOCC 2022). Slopes by one operand only
+    are also the LUT-1D of C. Meng, W. Burleson, G. De Micheli, "Gradient Estimation Methods of Approximate Multipliers
+    for High-Accuracy Retraining of Deep Learning Models", arXiv 2509.10519. "smooth": C. Meng, W. Burleson, W. Qian,
+    G. De Micheli, "Gradient Approximation of Approximate Multipliers for High-Accuracy Deep Neural Network Retraining",
+    DATE 2025. Its authors' code has ``(max table − min table)/N`` at the ends, for unsigned operands. The mean slope is
+    nearly that where the table does not decrease, but negative where it falls, and linear in the table, so that the
+    slopes have at most one term more than ``table − a·w`` has rank.
     """
     check_gradient(gradient)
     if half_window is not None and (gradient != "smooth" or type(half_window) is not int or half_window < 0):
@@ -185,21 +190,21 @@ def gradient_tables(
                 f"got {tuple(gradient.by_activation.shape)}"
             )
         return gradient
-    return _slopes(multiplier, gradient, half_window, tolerance)
+    with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
+        return _slopes(multiplier, gradient, half_window, tolerance)
 
 
 @lru_cache(maxsize=32)
 def _slopes(multiplier: Multiplier, gradient: str, half_window: int | None, tolerance: float) -> GradientTables:
     a, w = multiplier.operand_values()
-    with _disable_current_modes():  # what is kept for all must not be the fake tensor of one who traces
-        by_value = multiplier.by_value().numpy().astype(np.float64)
-        if gradient == "ste":
-            by_activation, by_weight = np.broadcast_arrays(np.sort(w), np.sort(a)[:, None])
-        else:
-            slope = _regression_slopes if gradient == "lre" else _smoothed_differences
-            by_activation, by_weight = slope(by_value, half_window), slope(by_value.T, half_window).T
-        codes = np.ix_(a - a.min(), w - w.min())
-        return GradientTables(by_activation[codes], by_weight[codes], tolerance)
+    by_value = multiplier.by_value().numpy().astype(np.float64)
+    if gradient == "ste":
+        by_activation, by_weight = np.broadcast_arrays(np.sort(w), np.sort(a)[:, None])
+    else:
+        slope = _regression_slopes if gradient == "lre" else _smoothed_differences
+        by_activation, by_weight = slope(by_value, half_window), slope(by_value.T, half_window).T
+    codes = np.ix_(a - a.min(), w - w.min())
+    return GradientTables(by_activation[codes], by_weight[codes], tolerance)
 
 
 def _regression_slopes(table: np.ndarray, _: int | None) -> np.ndarray:

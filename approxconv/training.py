@@ -408,7 +408,10 @@ class Training:
         if not path.exists():
             return False
         content = read_checkpoint(path)
-        check_settings(path, content, self.settings)
+        for name, value in self.settings.items():
+            saved = content["settings"].get(name)
+            if saved != value:
+                raise ValueError(f"{path} holds a run with {name} = {saved!r}, this one has {name} = {value!r}")
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
         self._figures, self._seconds = content["figures"], content["seconds"]
@@ -435,14 +438,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is of version {content['version']}, this approxconv reads up to {VERSION}: upgrade it"
         )
     return content
-
-
-def check_settings(path: Path, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a checkpoint is from a run where one of the settings was another."""
-    for name, value in settings.items():
-        saved = checkpoint["settings"].get(name)
-        if saved != value:
-            raise ValueError(f"{path} holds a run with {name} = {saved!r}, this one has {name} = {value!r}")
 
 
 @contextmanager

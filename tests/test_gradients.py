@@ -195,7 +195,7 @@ def smooth_slope(line, v, half_window):
 
 
 @pytest.mark.parametrize("half_window", [None, 0, 1, 3, 6, 7, 100])
-@pytest.mark.parametrize(("bits", "signs"), zip([(4, 4), (5, 3), (2, 6), (4, 5)], SIGNS, strict=True))
+@pytest.mark.parametrize(("bits", "signs"), [*zip([(4, 4), (5, 3), (2, 6), (4, 5)], SIGNS, strict=True)])
 def test_smoothed_central_difference(bits, signs, half_window):
     m = hostile(bits, signs)
     table = m.by_value().numpy().astype(float)
@@ -413,6 +413,7 @@ def test_tables_of_a_user():
     array[0, 0] = 5
     assert kept.by_activation.dtype == torch.float32
     assert kept.by_activation[0, 0] == 1
+    assert repr(kept) == "GradientTables(shape=(16, 8), tolerance=1e-06)"
 
 
 @pytest.mark.parametrize(
@@ -441,7 +442,7 @@ def test_bad_tolerance(tolerance):
         gradient_tables(hostile((2, 2)), "lre", tolerance=tolerance)
 
 
-@pytest.mark.parametrize("gradient", ["STE", "", None, 3, (np.ones((4, 4)), np.ones((4, 4)))])
+@pytest.mark.parametrize("gradient", ["STE", "", None, 3, np.array(["ste", "lre"]), (np.ones((4, 4)), np.ones((4, 4)))])
 def test_bad_gradient(gradient):
     for ask in (check_gradient, lambda each: gradient_tables(hostile((2, 2)), each)):
         with pytest.raises(ValueError, match="gradient must be one of 'ste', 'lre', 'smooth' or a GradientTables, got"):

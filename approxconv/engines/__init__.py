@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,17 +97,25 @@ def select(name: str, device: torch.device) -> Any:
     ImportError
         It needs a package that is not installed; the message names the extra.
     """
-    name = requested(name)
+    return _engine(requested(name), device)
+
+
+def _engine(name: str, device: torch.device) -> Any:
     if name == "auto":
         name = _DEVICE_ENGINE.get(device.type, "reference")
     base, _, variant = name.partition(":")
-    engine = import_module(f".{base}", __name__)
+    engine = _module(base)
     if variant:
         engine = engine.with_rank(int(variant)) if base == "truncated" else engine.with_kernel(variant)
     reason = engine.unavailable(device)
     if reason is not None:
         raise EngineError(f"engine {name!r} cannot run here: {reason}")
     return engine
+
+
+@cache
+def _module(base: str) -> ModuleType:
+    return import_module(f".{base}", __name__)
 
 
 def requested(name: str) -> str:
@@ -122,14 +132,15 @@ def choose(name: str, table: Tensor, work: Work) -> tuple[str, Any]:
         As `select`.
     """
     name = requested(name)
-    engine = select(name, table.device)
+    device = table.device
+    engine = _engine(name, device)
     if name != "auto":
         return name, engine
-    if table.device.type not in _DEVICE_ENGINE:
+    if device.type not in _DEVICE_ENGINE:
         return "reference", engine
     if not work.is_small:
         from .choice import weigh
 
         fastest = weigh(work, table).engine
-        return fastest, select(fastest, table.device)
-    return _DEVICE_ENGINE[table.device.type], engine
+        return fastest, _engine(fastest, device)
+    return _DEVICE_ENGINE[device.type], engine

@@ -55,10 +55,11 @@ class Work:
     @classmethod
     def matmul(cls, x: Sequence[int], w: Sequence[int]) -> Work:
         """Of codes ``(..., M, K)`` and ``(N, K)`` or ``(..., N, K)``."""
-        groups = math.prod(torch.broadcast_shapes(tuple(w[:-2]), tuple(x[:-2])))
         rows, lanes = x[-2], w[-2]
         if len(w) == 2:  # one w: the leading dimensions of x are rows
-            groups, rows = 1, groups * rows
+            groups, rows = 1, math.prod(x[:-1])
+        else:
+            groups = math.prod(torch.broadcast_shapes(tuple(w[:-2]), tuple(x[:-2])))
         return cls("lut_matmul", groups, rows, lanes, x[-1], groups * rows * x[-1])
 
     @classmethod

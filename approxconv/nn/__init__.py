@@ -1,8 +1,42 @@
 """Approximate layers and the conversion of stock models."""
 
+from .attention import (
+    ApproxAttention,
+    ApproxMultiheadAttention,
+    approximate_attention,
+    attention_modules,
+    restore_attention,
+)
+from .composite import ApproxComposite
 from .conv import ApproxConv2d
-from .convert import approx_layers, approximate, calibrate, set_mode
+from .convert import approx_layers, approximate, calibrate, set_mode, set_multiplier, to_float
 from .layer import ApproxLayer
 from .linear import ApproxLinear
+from .matmul import ApproxMatmul, Matmul
+from .recurrent import ApproxGRUCell, ApproxLSTMCell
+from .summary import LayerSummary, ModelSummary, model_summary
 
-__all__ = ["ApproxConv2d", "ApproxLayer", "ApproxLinear", "approx_layers", "approximate", "calibrate", "set_mode"]
+__all__ = [
+    "ApproxAttention",
+    "ApproxComposite",
+    "ApproxConv2d",
+    "ApproxGRUCell",
+    "ApproxLSTMCell",
+    "ApproxLayer",
+    "ApproxLinear",
+    "ApproxMatmul",
+    "ApproxMultiheadAttention",
+    "LayerSummary",
+    "Matmul",
+    "ModelSummary",
+    "approx_layers",
+    "approximate",
+    "approximate_attention",
+    "attention_modules",
+    "calibrate",
+    "model_summary",
+    "restore_attention",
+    "set_mode",
+    "set_multiplier",
+    "to_float",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import chain
@@ -17,13 +18,19 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..engines import check_engine
-from ..multiplier import Multiplier
+from ..gradients import GradientTables
+from ..multiplier import Multiplier, check_flag
+from ..quantization import Quantization
+from .batchnorm import find_batchnorms, fold
 from .conv import ApproxConv2d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
 
 LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
+"""What `approximate` replaces by what: exactly these types, not their subclasses."""
+
+Pattern = str | Callable[[str, nn.Module], bool]
+FIRST_LAST = ("quantized", "approximate", "float")
 _UNDO = {
     BasePruningMethod: "torch.nn.utils.prune.remove(layer, {!r})",
     SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer)",
@@ -31,12 +38,17 @@ _UNDO = {
 }
 
 
-def _matching(pattern: str, names: Iterable[str], argument: str) -> set[str]:
+def matching(pattern: Pattern, layers: Mapping[str, nn.Module], argument: str) -> set[str]:
+    """Names of the layers that a glob pattern or a predicate picks; a ValueError for a pattern that picks none."""
+    if callable(pattern):
+        return {name for name, layer in layers.items() if pattern(name, layer)}
     if not isinstance(pattern, str):
-        raise ValueError(f"{argument} must hold names or glob patterns of layers, got {pattern!r}")
-    found = {name for name in names if fnmatchcase(name, pattern)}
+        raise ValueError(
+            f"{argument} must hold names or glob patterns of layers, or predicates of name and layer, got {pattern!r}"
+        )
+    found = {name for name in layers if fnmatchcase(name, pattern)}
     if not found:
-        raise ValueError(f"{argument} pattern {pattern!r} matches no Conv2d or Linear; there are {', '.join(names)}")
+        raise ValueError(f"{argument} pattern {pattern!r} matches no layer; there are {', '.join(layers)}")
     return found
 
 
@@ -45,29 +57,55 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_skip(skip: Iterable[str]) -> list[str]:
+def _check_skip(skip: Pattern | Iterable[Pattern]) -> list[Pattern]:
+    if isinstance(skip, str) or callable(skip):
+        return [skip]
     if not isinstance(skip, Iterable):
-        raise ValueError(f"skip must be an iterable of names or glob patterns, got {skip!r}")
-    return [skip] if isinstance(skip, str) else list(skip)
+        raise ValueError(f"skip must be an iterable of names, glob patterns or predicates, got {skip!r}")
+    return list(skip)
 
 
-def _check_per_layer(per_layer: Mapping[str, Multiplier | str]) -> dict[str, Multiplier]:
+def _check_settings(argument: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that `ApproxLayer.from_float` takes, or its ValueError; tried on a layer without weights."""
+    try:
+        settings["multiplier"] = as_multiplier(settings["multiplier"])
+        ApproxLinear.from_float(nn.Linear(1, 1, device="meta"), **settings)
+    except ValueError as error:
+        raise ValueError(f"{argument}{error}") from None
+    return settings
+
+
+def _check_per_layer(
+    per_layer: Mapping[Pattern, Multiplier | str | Mapping[str, Any]], default: dict[str, Any]
+) -> dict[Pattern, dict[str, Any]]:
+    """The settings by pattern; what one leaves out is the default's."""
     if not isinstance(per_layer, Mapping):
-        raise ValueError(f"per_layer must map names or glob patterns to multipliers, got {per_layer!r}")
+        raise ValueError(f"per_layer must map names, glob patterns or predicates to multipliers, got {per_layer!r}")
     choices = {}
     for pattern, choice in per_layer.items():
-        try:
-            choices[pattern] = as_multiplier(choice)
-        except ValueError as error:
-            raise ValueError(f"per_layer[{pattern!r}]: {error}") from None
+        own = dict(choice) if isinstance(choice, Mapping) else {"multiplier": choice}
+        unknown = [key for key in own if key not in default]
+        if unknown:
+            wanted = ", ".join(map(repr, default))
+            raise ValueError(f"per_layer[{pattern!r}] must hold {wanted} at most, got {unknown[0]!r}")
+        choices[pattern] = _check_settings(f"per_layer[{pattern!r}]: ", {**default, **own})
     return choices
+
+
+def _stock(kind: type[nn.Module]) -> nn.Module:
+    """A small layer of that type; no random numbers are drawn."""
+    return kind(1, 1, 1, device="meta")
 
 
 @cache
 def _own_names(kind: type[nn.Module]) -> frozenset[str]:
     """The attributes an approximate layer has and the torch layer `kind` has not."""
-    stock = kind(1, 1, 1, device="meta")  # no random numbers are drawn
-    return frozenset(dir(LAYERS[kind].from_float(stock, Multiplier.exact()))).difference(dir(stock))
+    return frozenset(dir(LAYERS[kind].from_float(_stock(kind), Multiplier.exact()))).difference(dir(_stock(kind)))
+
+
+@cache
+def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(_stock(kind)._parameters)
 
 
 def _check_convertible(name: str, layer: nn.Module) -> None:
@@ -75,7 +113,8 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
 
     An approximate layer trains its weight itself; it must not be derived from others by a hook or a parametrisation.
     """
-    derived = [tensor for tensor in ("weight", "bias") if tensor not in layer._parameters]
+    kind = parametrize.type_before_parametrizations(layer)
+    derived = [tensor for tensor in _parameter_names(kind) if tensor not in layer._parameters]
     if parametrize.is_parametrized(layer):
         derived = list(layer.parametrizations)
         undo = "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
@@ -93,33 +132,91 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
         )
 
 
+def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that are approximate or that `approximate` would convert, by name, in module order."""
+    _check_model(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ApproxLayer) or parametrize.type_before_parametrizations(module) in LAYERS
+    }
+
+
+def _ends(names: Sequence[str], first_last: str | None) -> tuple[set[str], str]:
+    """The first and the last name, and what becomes of them."""
+    if first_last not in (None, *FIRST_LAST):
+        raise ValueError(f"first_last must be {', '.join(map(repr, FIRST_LAST))} or None, got {first_last!r}")
+    ends = {names[0], names[-1]}
+    return ends, first_last or ("quantized" if len(names) > len(ends) else "approximate")
+
+
+def exact_products(multiplier: Multiplier) -> Multiplier:
+    """The exact multiplier of the same operand formats."""
+    return Multiplier.exact(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
+
+
+def _set_anew(layer: ApproxLayer, settings: dict[str, Any]) -> ApproxLayer:
+    """An approximate layer with other settings: the same one, calibrated as it is, unless quantised another way."""
+    if layer.quantization != (settings["quantization"] or Quantization()):
+        return type(layer).from_float(layer.to_float(), **settings)
+    layer.gradient = "ste"  # tables of its own may not fit the other multiplier
+    layer.set_multiplier(settings["multiplier"])
+    for name in ("gradient", "mode", "engine"):
+        setattr(layer, name, settings[name])
+    return layer
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, wherever these are; the model, or what stands for it."""
+    modules = [*model.modules(), *replacements.values()]
+    for module in modules:
+        for name, child in list(module._modules.items()):  # named_children() skips repeats
+            if child in replacements:
+                setattr(module, name, replacements[child])
+    return replacements.get(model, model)
+
+
 def approximate(
     model: nn.Module,
     multiplier: Multiplier | str,
     *,
-    skip: Iterable[str] = (),
-    per_layer: Mapping[str, Multiplier | str] | None = None,
-    first_last: str = "approximate",
+    skip: Pattern | Iterable[Pattern] = (),
+    per_layer: Mapping[Pattern, Multiplier | str | Mapping[str, Any]] | None = None,
+    first_last: str | None = None,
+    quantization: Quantization | None = None,
+    gradient: str | GradientTables = "ste",
+    fold_batchnorm: bool = False,
     mode: str = "approximate",
     engine: str = "auto",
     inplace: bool = False,
 ) -> nn.Module:
-    """Replace the Conv2d and Linear layers of a model by approximate ones.
+    """Replace the layers of a model by approximate ones; `approxconv.model_summary` reports what became of it.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A stock model. Only layers that are exactly `torch.nn.Conv2d` or `torch.nn.Linear` are replaced; a layer used
-        in several places stays shared, and hooks, buffers and attributes that were put on a layer stay on it.
+        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced; a layer
+        used in several places stays shared, and hooks, buffers and attributes that were put on a layer stay on it.
+        Layers that are approximate already are set anew, as if they were converted now; they stay calibrated unless
+        operand formats or quantisation change. So converting twice is converting once.
     multiplier : Multiplier or str
         For every layer that `per_layer` does not name.
-    skip : iterable of str
-        Names or glob patterns of layers to leave as they are.
-    per_layer : mapping of str to Multiplier or str
-        Name or glob pattern → multiplier; of several that match, the first counts.
-    first_last : str
-        What becomes of the first and the last layer in module order: ``"approximate"`` as all, ``"quantized"`` (exact
-        products) or ``"float"`` (left as they are).
+    skip : str, callable or iterable of them
+        Names or glob patterns of layers to leave as they are, or predicates ``f(name, layer) -> bool``.
+    per_layer : mapping
+        Name, glob pattern or predicate → multiplier, or a mapping with any of the keys ``multiplier``,
+        ``quantization``, ``gradient``, ``mode`` and ``engine``; of several that match, the first counts.
+    first_last : str, optional
+        What becomes of the first and the last layer in module order where `per_layer` does not name them:
+        ``"quantized"`` (exact products), as is usual and the default if there are other layers, ``"approximate"`` as
+        all, or ``"float"`` (left as they are).
+    quantization : Quantization, optional
+        Of the new layers; by default chosen from the multiplier's operand formats.
+    gradient : str or GradientTables
+        Of the new layers: ``"ste"``, ``"lre"``, ``"smooth"`` or tables.
+    fold_batchnorm : bool
+        First make every batch normalisation that directly follows one of these layers part of it, as hardware for
+        inference has it. Which one follows which is found by `torch.fx`. They must be in eval mode.
     mode, engine : str
         Of the new layers.
     inplace : bool
@@ -133,51 +230,137 @@ def approximate(
     Raises
     ------
     ValueError
-        Nothing to convert, a pattern that matches nothing, an unknown name, or a layer whose weight is no parameter
-        (pruned, spectrally normalised, parametrised) or that has attributes which the approximate layer needs; the
-        model is unchanged.
+        Nothing to convert, a pattern that matches nothing, an unknown name, a quantisation that does not fit a
+        multiplier, a layer whose weight is no parameter (pruned, spectrally normalised, parametrised) or that has
+        attributes which the approximate layer needs, or a batch normalisation to fold that is in training mode, has
+        hooks or is called by code that cannot be traced; the model is unchanged.
     """
-    _check_model(model)
-    check_mode(mode)
-    check_engine(engine)
-    if first_last not in ("approximate", "quantized", "float"):
-        raise ValueError(f"first_last must be 'approximate', 'quantized' or 'float', got {first_last!r}")
-    default = as_multiplier(multiplier)
-    choices = {} if per_layer is None else _check_per_layer(per_layer)
-    stock = {
-        name: module
-        for name, module in model.named_modules()
-        if parametrize.type_before_parametrizations(module) in LAYERS
-    }
-    names = list(stock)
-    if not names:
-        raise ValueError("model has no Conv2d or Linear to convert")
-    left = set().union(*(_matching(pattern, names, "skip") for pattern in _check_skip(skip)))
-    chosen = {pattern: _matching(pattern, names, "per_layer") for pattern in choices}
-    outer = {names[0], names[-1]} if first_last != "approximate" else set()
-    if first_last == "float":
-        left |= outer
-    for name in names:
-        if name not in left:
-            _check_convertible(name, stock[name])
+    check_flag("fold_batchnorm", fold_batchnorm)
+    check_flag("inplace", inplace)
+    default = _check_settings(
+        "",
+        {
+            "multiplier": multiplier,
+            "quantization": quantization,
+            "gradient": gradient,
+            "mode": mode,
+            "engine": engine,
+        },
+    )
+    choices = {} if per_layer is None else _check_per_layer(per_layer, default)
+    units = convertible_layers(model)
+    if not units:
+        kinds = ", ".join(kind.__name__ for kind in LAYERS)
+        raise ValueError(f"model has no layer to convert: {kinds}")
+    ends, treatment = _ends(list(units), first_last)
+    left = set().union(*(matching(pattern, units, "skip") for pattern in _check_skip(skip)))
+    chosen = {pattern: matching(pattern, units, "per_layer") for pattern in choices}
+    settings = {}
+    for name in units:
+        named = next((pattern for pattern, found in chosen.items() if name in found), None)
+        if named is not None:
+            settings[name] = choices[named]
+        elif name not in ends or treatment == "approximate":
+            settings[name] = default
+        elif treatment == "quantized":
+            settings[name] = {**default, "multiplier": exact_products(default["multiplier"])}
+    settings = {name: own for name, own in settings.items() if name not in left}
+    for name in settings:
+        if not isinstance(units[name], ApproxLayer):
+            _check_convertible(name, units[name])
+    norms = find_batchnorms(model, {name: units[name] for name in settings}) if fold_batchnorm else {}
 
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())
-    converted: dict[nn.Module, ApproxLayer] = {}
-    for name in names:
-        if name in left:
-            continue
+    new: dict[nn.Module, nn.Module] = {}
+    for name, norm in norms.items():
+        new[modules[norm]] = fold(modules[name], modules[norm])
+    for name, own in settings.items():
         layer = modules[name]
-        choice = next((choices[pattern] for pattern, found in chosen.items() if name in found), default)
-        if name in outer:
-            choice = Multiplier.exact(choice.bits, choice.a_signed, choice.w_signed)
-        converted[layer] = LAYERS[type(layer)].from_float(layer, choice, mode=mode, engine=engine)
-    if model in converted:
-        return converted[model]
-    for module in (*modules.values(), *converted.values()):
-        for child_name, child in list(module._modules.items()):  # named_children() skips repeats
-            if child in converted:
-                setattr(module, child_name, converted[child])
+        if isinstance(layer, ApproxLayer):
+            new[layer] = _set_anew(layer, own)
+        else:
+            new[layer] = LAYERS[type(layer)].from_float(layer, **own)
+    return _replace(model, new)
+
+
+def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Give the stock layers back that `approximate` replaced.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A converted model.
+    inplace : bool
+        Change `model` itself instead of a deep copy.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model with the parameters as they are now, and the hooks. A folded batch normalisation stays folded.
+
+    Raises
+    ------
+    ValueError
+        No approximate layers.
+    """
+    approx_layers(model)
+    check_flag("inplace", inplace)
+    model = model if inplace else copy.deepcopy(model)
+    return _replace(model, {layer: layer.to_float() for layer in approx_layers(model).values()})
+
+
+def set_multiplier(
+    model: nn.Module,
+    multiplier: Multiplier | str | Mapping[Pattern, Multiplier | str],
+    *,
+    first_last: str | None = None,
+) -> nn.Module:
+    """Have approximate layers look up in other tables from now on; weights stay where they are, and are not copied.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A converted model.
+    multiplier : Multiplier, str or mapping
+        For every approximate layer; or by name, glob pattern or predicate for those that match, the first that matches
+        counting.
+    first_last : str, optional
+        As for `approximate`, of a multiplier for all: which of them get the exact products of its operand formats
+        (``"quantized"``) or stay as they are (``"float"``).
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model, calibrated as it was unless operand formats change.
+
+    Raises
+    ------
+    ValueError
+        No approximate layers, no such multiplier, a pattern that matches nothing, or a multiplier that does not fit a
+        layer's quantisation or gradient; nothing has changed.
+    """
+    layers = approx_layers(model)
+    chosen: dict[str, Multiplier] = {}
+    if isinstance(multiplier, Mapping):
+        for pattern, choice in multiplier.items():
+            choice = as_multiplier(choice)
+            for name in matching(pattern, layers, "multiplier"):
+                chosen.setdefault(name, choice)
+    else:
+        chosen = dict.fromkeys(layers, as_multiplier(multiplier))
+        ends, treatment = _ends(list(convertible_layers(model)), first_last)
+        for name in ends & chosen.keys() if treatment != "approximate" else ():
+            own = chosen.pop(name)
+            if treatment == "quantized":
+                chosen[name] = exact_products(own)
+    for name, choice in chosen.items():
+        try:
+            layers[name].check_multiplier(choice)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+    for name, choice in chosen.items():
+        layers[name].set_multiplier(choice)
     return model
 
 
@@ -228,7 +411,9 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((tensor for tensor in map(_first_tensor, batch) if tensor is not None), None)
 
 
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call a model with a batch as `calibrate` describes it, on the model's device."""
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     keywords = _keywords(model, batch) if isinstance(batch, Mapping) else None
     if keywords is not None:
         model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in keywords.items()})
@@ -239,6 +424,24 @@ def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
             f"batches must yield tensors, or tuples, lists or dicts that hold one, got {type(batch).__name__}"
         )
     model(tensor.to(device))
+
+
+@contextmanager
+def as_float(model: nn.Module) -> Iterator[None]:
+    """Every approximate layer in float, the model in eval mode, no gradients; modes and training flags come back."""
+    training = {module: module.training for module in model.modules()}
+    modes = {module: module.mode for module in model.modules() if isinstance(module, ApproxLayer)}
+    try:
+        model.eval()
+        for layer in modes:
+            layer.mode = "float"
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, mode in modes.items():
+            layer.mode = mode
+        for module, flag in training.items():
+            module.training = flag
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -270,24 +473,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     except TypeError as error:
         wanted = "an iterable of tensors, tuples, lists or dicts"
         raise ValueError(f"batches must be {wanted}, got {type(batches).__name__}") from error
-    training = {module: module.training for module in model.modules()}
-    modes = [layer.mode for layer in layers]
-    device = next(chain(model.parameters(), model.buffers())).device
     count = 0
     try:
-        model.eval()
         for layer in layers:
             layer.start_calibration()
-            layer.mode = "float"
-        with torch.no_grad():
+        with as_float(model):
             for batch in batches:
-                _run(model, batch, device)
+                run_batch(model, batch)
                 count += 1
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.mode, layer.observing = mode, False
-        for module, flag in training.items():
-            module.training = flag
+        for layer in layers:
+            layer.observing = False
     if count == 0:
         raise ValueError("batches must yield at least one batch, got none")
     for layer in layers:

@@ -16,6 +16,7 @@ from ..gradients import GradientTables, GradientTerms, check_gradient, gradient_
 from ..multiplier import Multiplier, check_table_shape, prepare
 from ..operators.straight_through import or_placeholder
 from ..quantization import (
+    OperandFormat,
     Quantization,
     QuantizedWeight,
     activation_observer,
@@ -107,7 +108,7 @@ class ApproxLayer(nn.Module):
         No such mode, engine, gradient or multiplier, or a quantisation that does not fit the multiplier's operands.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     _channel_dim: int
     _activations: tuple[str, ...] = ("activation",)
@@ -144,7 +145,7 @@ class ApproxLayer(nn.Module):
         """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
         stock = next(kind for kind in type(self).__mro__ if not issubclass(kind, ApproxLayer))
         layer = stock.__new__(stock)
-        _move(self, layer)
+        move(self, layer)
         for store, name in self._own_names:
             (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
         hooks = layer._forward_pre_hooks
@@ -162,9 +163,8 @@ class ApproxLayer(nn.Module):
         gradient: str | GradientTables = "ste",
     ) -> ApproxLayer:
         """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
-        _move(layer, self)
+        move(layer, self)
         self._init_approx(multiplier, mode, engine, quantization, gradient)
-        self.train(self.training)
         return self
 
     def _init_approx(
@@ -180,15 +180,15 @@ class ApproxLayer(nn.Module):
         if not isinstance(quantization, Quantization):
             raise ValueError(f"quantization must be a Quantization or None, got {type(quantization).__name__}")
         formats = quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
-        stock = _names(self)
+        stock = names_of(self)
         self._mode, self.engine = check_mode(mode), engine
         self._gradient_kind = _fitting(gradient, multiplier)
         self.observing = False
         self.quantization = quantization
-        self.multiplier_name = multiplier.name
+        self.multiplier_name, self.multiplier_info = multiplier.name, multiplier.info
         self.activation_format, self.weight_format = formats
         self._quantized: tuple[Tensor, tuple[int, ...] | None, QuantizedWeight] | None = None
-        device = next(self.parameters()).device
+        device = torch.get_default_device() if self.weight is None else self.weight.device
         # A copy: load_state_dict writes into it, and the multiplier belongs to its user.
         self.register_buffer("table", multiplier.table.to(device, copy=True))
         signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
@@ -197,19 +197,20 @@ class ApproxLayer(nn.Module):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
         self.register_forward_pre_hook(_no_op)
         self._derive()
-        self._own_names = {*(_names(self) - stock), (None, "_own_names"), ("_parameters", "noise_factor")}
+        self._own_names = {*(names_of(self) - stock), (None, "_own_names"), ("_parameters", "noise_factor")}
 
     def _register_operands(self, device: torch.device) -> None:
         """Make scales, zero points and observers."""
         for name in self._activations:
-            quantization, operand = self.quantization.activation, self.activation_format
             scale = torch.ones((), dtype=torch.float32, device=device)
-            if quantization.range == "lsq":
+            if self.quantization.activation.range == "lsq":
                 self.register_parameter(f"{name}_scale", nn.Parameter(scale.view(1)))
             else:
                 self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_zero_point", torch.zeros((), dtype=torch.int32, device=device))
-            setattr(self, f"{name}_observer", activation_observer(quantization, operand).to(device))
+            self._register_observer(name, device)
+        if self.weight is None:
+            return
         channels = len(self._filters(self.weight)) if self.quantization.weight.granularity == "per_channel" else 1
         scale = torch.ones(channels, dtype=torch.float32, device=device)
         if self.quantization.weight.range == "lsq":
@@ -219,10 +220,14 @@ class ApproxLayer(nn.Module):
         self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int32, device=device))
         self._start_weight_scale()
 
+    def _register_observer(self, name: str, device: torch.device) -> None:
+        observer = activation_observer(self.quantization.activation, getattr(self, f"{name}_format"))
+        self.register_module(f"{name}_observer", observer.to(device).train(self.training))
+
     @torch.no_grad()
     def _start_weight_scale(self) -> None:
         """The first scale of a weight whose scale is learned."""
-        if self.quantization.weight.range == "lsq" and not self.weight.is_meta:
+        if self.quantization.weight.range == "lsq" and self.weight is not None and not self.weight.is_meta:
             scales = weight_scale(self._filters(whole(self.weight)), self.weight_format, self.quantization.weight)
             self.weight_scale.copy_(scales[0])
             self.weight_zero_point.copy_(scales[1])
@@ -283,7 +288,13 @@ class ApproxLayer(nn.Module):
             a_signed=self.activation_format.signed,
             w_signed=self.weight_format.signed,
             name=self.multiplier_name,
+            info=self.multiplier_info,
         )
+
+    def check_multiplier(self, multiplier: Multiplier) -> tuple[OperandFormat, OperandFormat]:
+        """The operand formats that `set_multiplier` would give the layer, or its ValueError."""
+        _fitting(self._gradient_kind, multiplier)
+        return self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
 
     def set_multiplier(self, multiplier: Multiplier | str) -> None:
         """Look up in another table from now on; weights stay what and where they are.
@@ -298,23 +309,21 @@ class ApproxLayer(nn.Module):
             has changed.
         """
         multiplier = as_multiplier(multiplier)
-        formats = self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
-        _fitting(self._gradient_kind, multiplier)
+        formats = self.check_multiplier(multiplier)
         device, same = self.table.device, check_table_shape(self.table) == multiplier.bits
         same = same and formats == (self.activation_format, self.weight_format)
         self.table = multiplier.table.to(device, copy=True)
-        self.multiplier_name = multiplier.name
+        self.multiplier_name, self.multiplier_info = multiplier.name, multiplier.info
         if not same:
             self.activation_format, self.weight_format = formats
             self.operands_signed = torch.tensor([multiplier.a_signed, multiplier.w_signed], device=device)
             for name in self._activations:
-                known = getattr(self, f"{name}_observer")
-                observer = activation_observer(self.quantization.activation, self.activation_format).to(device)
-                observer.load_state_dict(known.state_dict())
-                setattr(self, f"{name}_observer", observer)
+                observed = getattr(self, f"{name}_observer").state_dict()
+                self._register_observer(name, device)
+                getattr(self, f"{name}_observer").load_state_dict(observed)
             self._quantized = None
             if self.has_observed():
-                self._set_scales()
+                self.finish_calibration()
             else:
                 self.calibrated.fill_(False)
                 self._start_weight_scale()
@@ -388,12 +397,14 @@ class ApproxLayer(nn.Module):
         self.observing = False
         for name in self._activations:
             observer = getattr(self, f"{name}_observer")
-            scale, zero_point = observed_scale(observer, self.quantization.activation, self.activation_format)
+            operand = getattr(self, f"{name}_format")
+            scale, zero_point = observed_scale(observer, self.quantization.activation, operand)
             getattr(self, f"{name}_scale").copy_(scale)
             getattr(self, f"{name}_zero_point").copy_(zero_point)
         self.calibrated.fill_(True)
-        self._start_weight_scale()
-        self.quantized_weight()
+        if self.weight is not None:
+            self._start_weight_scale()
+            self.quantized_weight()
 
     @torch.no_grad()
     def _move_range(self, name: str, real: Tensor) -> None:
@@ -401,7 +412,8 @@ class ApproxLayer(nn.Module):
         observer = getattr(self, f"{name}_observer")
         observer(real)
         observer.synchronize()
-        scale, zero_point = observed_scale(observer, self.quantization.activation, self.activation_format)
+        operand = getattr(self, f"{name}_format")
+        scale, zero_point = observed_scale(observer, self.quantization.activation, operand)
         getattr(self, f"{name}_scale").copy_(scale)
         getattr(self, f"{name}_zero_point").copy_(zero_point)
         self.calibrated.fill_(True)
@@ -418,7 +430,7 @@ class ApproxLayer(nn.Module):
         if not (self.training or torch.is_grad_enabled() or self.weight.is_inference()):
             state = (self.weight._version, self.weight.data_ptr(), self.weight_scale._version)
         known = self._quantized
-        if known is None or state is None or known[0] is not self.weight or known[1] != state:
+        if known is None or state is None or known[1] != state:
             quantized = self._quantize_weight()
             if not self._learns("weight"):
                 with torch.no_grad():
@@ -427,7 +439,7 @@ class ApproxLayer(nn.Module):
                         buffer.copy_(getattr(quantized, name)[: len(buffer)])
             if state is not None:
                 state = (*state[:2], self.weight_scale._version)
-            known = self._quantized = (self.weight, state, quantized)
+            known = self._quantized = (self.weight.detach(), state, quantized)  # while it is kept, its address is its
         return known[2]
 
     def _quantize_weight(self) -> QuantizedWeight:
@@ -459,20 +471,10 @@ class ApproxLayer(nn.Module):
         operator's ``(grad_x, grad_w)``, and `_channel_dim`, where the output channels lie, from the end. Where the
         layer is traced, `pad_code` and `zero_point` may be a scalar integer tensor, as of `pad_codes`.
         """
-        real, operand = input.float(), self.activation_format
-        if self._moves():
-            self._move_range("activation", real)
-        traced, weight = is_traced(), self.quantized_weight()
-        sx, zx = self.activation_scale.detach().reshape(()), self.activation_zero_point
-        if self._learns("activation"):
-            sx = positive(sx)
-        zero_point = host_int(zx) if not traced else 0 if operand.symmetric else zx
-        codes = operand.quantize(real, sx, zx)
+        real, weight = input.float(), self.quantized_weight()
+        codes, sx, zx, zero_point = self._quantize_activation("activation", real)
         table = self.operation_table()
         depth = weight.codes[0].numel()
-        bound = 2**31  # int64 holds all that the operator allows
-        if not traced:
-            bound = 4 * depth * max(prepare(table).magnitude, table.numel())
         column = (-1, *[1] * (-self._channel_dim - 1))
         sums = remove_zero_points(
             self._lookup(codes, weight.codes, table, zero_point),
@@ -480,7 +482,7 @@ class ApproxLayer(nn.Module):
             zero_point,
             None if self.weight_format.symmetric else self._code_sums(codes, zero_point),
             column,
-            bound,
+            sum_bound(table, depth),
         )
         scale = (sx * weight.scale).view(column)
         bias = None if self.bias is None else self.bias.float().view(column)
@@ -488,12 +490,24 @@ class ApproxLayer(nn.Module):
             sums = sums + quantize_bias(bias, scale)
             bias = bias - bias.detach()  # 0, with the gradient
         if torch.is_grad_enabled() and (real.requires_grad or any(p.requires_grad for p in self._operands())):
-            output = self._recorded(real, sums, scale, codes, weight, sx, zx)
+            filters = self._filters(self.weight).float()
+            output = self._recorded(real, filters, sums, scale, codes, weight, sx, zx)
         else:
-            output = _rescaled(sums, scale)
+            output = rescaled(sums, scale)
         if self.mode == "noise":
             output = output + noise(output, depth, *self._error, scale, self.noise_factor)
         return output if bias is None else output + bias
+
+    def _quantize_activation(self, name: str, real: Tensor) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
+        """Codes, scale, zero point, and the zero point as a number unless it may not be read."""
+        if self._moves():
+            self._move_range(name, real)
+        operand = getattr(self, f"{name}_format")
+        scale, zero_point = getattr(self, f"{name}_scale").detach().reshape(()), getattr(self, f"{name}_zero_point")
+        if self._learns(name):
+            scale = positive(scale)
+        known = host_int(zero_point) if not is_traced() else 0 if operand.symmetric else zero_point
+        return operand.quantize(real, scale, zero_point), scale, zero_point, known
 
     def _operands(self) -> list[nn.Parameter]:
         """Parameters that the product depends on."""
@@ -502,6 +516,7 @@ class ApproxLayer(nn.Module):
     def _recorded(
         self,
         real: Tensor,
+        filters: Tensor,
         sums: Tensor,
         scale: Tensor,
         codes: Tensor,
@@ -510,27 +525,24 @@ class ApproxLayer(nn.Module):
         zx: Tensor,
     ) -> Tensor:
         """The rescaled sums, with a gradient by way of the fake-quantised operands."""
-        filters = self._filters(self.weight).float()
-        features = max(math.prod(real.shape[1:]), 1)
-        x = self._fake_quantized("activation", real, sx, zx, features)
-        w = self._fake_quantized(
-            "weight", filters, weight.scale, weight.zero_point, filters.numel() // len(self.weight_scale)
-        )
+        x = self._fake_quantized("activation", real, sx, zx)
+        w = self._fake_quantized("weight", filters, weight.scale, weight.zero_point)
         needs, terms = (x.requires_grad, w.requires_grad), self._terms
         sx, zx = sx.clone(), zx.clone()  # what is kept for the backward pass is the layer's own
         function = _LookUp if not torch.compiler.is_compiling() else _TracedLookUp
         if terms is None or self.mode != "approximate":
             # The codes stand for x: a byte an element instead of a float.
-            kept = (codes if needs[1] else None, w if needs[0] else None, sx, zx)
+            kept = (codes if needs[1] else None, w.detach() if needs[0] else None, sx, zx)
             return function.apply(x, w, sums, scale, self._straight_through, *kept)
         reads = terms.reads(needs)
         kept = (codes if reads[0] else None, weight.codes if reads[1] else None)
         return function.apply(x, w, sums, scale, self._by_terms, *kept, sx, zx, weight.scale, weight.zero_point, *terms)
 
-    def _fake_quantized(self, name: str, real: Tensor, scale: Tensor, zero_point: Tensor, features: int) -> Tensor:
+    def _fake_quantized(self, name: str, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         operand = getattr(self, f"{name}_format")
         if self._learns(name):
             learned = getattr(self, f"{name}_scale")
+            features = math.prod(real.shape[1:]) if name in self._activations else real.numel() // len(learned)
             return operand.fake_quantize_learned(
                 real, learned, zero_point[: len(learned)] if zero_point.ndim else zero_point, features
             )
@@ -565,7 +577,6 @@ class ApproxLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Those by the slopes of the table."""
         column = (-1, *[1] * (len(shapes[1]) - 1))
-        others = [dim for dim in range(grad.ndim) if dim != grad.ndim + self._channel_dim]
         return lut_gradients(
             GradientTerms(*terms),
             grad,
@@ -577,8 +588,13 @@ class ApproxLayer(nn.Module):
             zw.view(column),
             self._gradient,
             needs,
-            lambda grad: grad.sum(others).view(column),
+            lambda grad: self._gradient_sums(grad, shapes[1]),
         )
+
+    def _gradient_sums(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient's sum over all products of each weight, for the weight's shape."""
+        others = [dim for dim in range(grad.ndim) if dim != grad.ndim + self._channel_dim]
+        return grad.sum(others).view(-1, *[1] * (len(shape) - 1))
 
     def train(self, mode: bool = True) -> ApproxLayer:
         """As in torch. Weights changed in eval mode behind autograd's back (``weight.data``) are seen from here on."""
@@ -615,7 +631,7 @@ class ApproxLayer(nn.Module):
         self._derive()
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if not self.weight.is_meta:
+        if self.weight is not None and not self.weight.is_meta:
             self.quantized_weight()  # the scales that are saved are those of the weights that are saved
         super()._save_to_state_dict(*args)
 
@@ -639,7 +655,7 @@ class ApproxLayer(nn.Module):
             return
         loads = table is not None and table.shape == self.table.shape
         if loads and (self.table.is_meta or not torch.equal(table, self.table.to(table))):
-            self.multiplier_name = ""
+            self.multiplier_name, self.multiplier_info = "", {}
         for name in self._scale_names():  # a scale that is learned here may have been computed there, and vice versa
             saved, here = state_dict.get(f"{prefix}{name}"), getattr(self, name)
             if saved is not None and saved.numel() == here.numel():
@@ -661,7 +677,7 @@ class ApproxLayer(nn.Module):
             parts.append(f"quantization={self.quantization}")
         if self.gradient != "ste":
             parts.append(f"gradient={self.gradient if isinstance(self.gradient, str) else 'custom'}")
-        return ", ".join(parts)
+        return ", ".join(filter(None, parts))
 
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -675,13 +691,13 @@ def _fitting(gradient: str | GradientTables, multiplier: Multiplier) -> str | Gr
     return gradient
 
 
-def _names(module: nn.Module) -> set[tuple[str | None, str]]:
+def names_of(module: nn.Module) -> set[tuple[str | None, str]]:
     """Where a module holds what: attributes, and entries of its parameters, buffers and modules."""
     stores = {None: vars(module), **{store: vars(module)[store] for store in ("_parameters", "_buffers", "_modules")}}
     return {(store, name) for store, names in stores.items() for name in names}
 
 
-def _move(source: nn.Module, target: nn.Module) -> None:
+def move(source: nn.Module, target: nn.Module) -> None:
     """Give a new module all that another has.
 
     The dicts of hooks move, so that their handles still remove them, and `source` keeps copies.
@@ -696,7 +712,12 @@ def _move(source: nn.Module, target: nn.Module) -> None:
             target._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, target)
 
 
-def _rescaled(sums: Tensor, scale: Tensor) -> Tensor:
+def sum_bound(table: Tensor, depth: int) -> int:
+    """At least the magnitude of all partial results of so many products; what int64 holds where values stay unread."""
+    return 2**31 if is_traced() else 4 * depth * max(prepare(table).magnitude, table.numel())
+
+
+def rescaled(sums: Tensor, scale: Tensor) -> Tensor:
     """Integer sums as real numbers, a new tensor."""
     return sums.float().mul_(scale)
 
@@ -713,7 +734,7 @@ class _TracedLookUp(torch.autograd.Function):
     def forward(
         x: Tensor, w: Tensor, sums: Tensor, scale: Tensor, rule: Callable[..., Any], *kept: Tensor | None
     ) -> Tensor:
-        return _rescaled(sums, scale)
+        return rescaled(sums, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

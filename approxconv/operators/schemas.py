@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..engines import choose
 from ..engines.work import Work, record
-from ..geometry import conv_output_size, pair
+from ..geometry import batch_shape, conv_output_size, pair
 from ..multiplier import check_table_shape, prepare
 
 _SCHEMAS = {
@@ -60,7 +60,7 @@ def _matmul_shape(x: Tensor, w: Tensor, table: Tensor) -> tuple[int, ...]:
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x and w must agree in K, got {tuple(x.shape)} and {tuple(w.shape)}")
     try:
-        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+        batch = batch_shape(x, w)
     except RuntimeError:
         raise ValueError(
             f"leading dimensions of x and w must broadcast, got {tuple(x.shape)} and {tuple(w.shape)}"
@@ -115,7 +115,7 @@ def _check_sums(depth: int, table: Tensor) -> None:
 
 
 def _bytes(codes: Tensor) -> Tensor:
-    return codes.view(torch.uint8)
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
 
 
 def _timed(engine: str, work: Work, device: torch.device, operator: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -231,7 +231,7 @@ def test_a_removed_barrier_of_the_factored_kernels_is_caught(tmp_path, before):
         variant=(32, 32, 4, 2, 1),
     )  # fmt: skip
     # What another warp overwrote may be an address, which is read before the report is out.
-    with use_source(folder), pytest.raises(SanitizerError, match="ThreadSanitizer: (data race|SEGV)"):
+    with use_source(folder), pytest.raises(SanitizerError, match=r"ThreadSanitizer: (data race|SEGV)"):
         run_watched(case, "thread")
 
 

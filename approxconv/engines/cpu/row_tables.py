@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...geometry import batch_shape, conv_output_size, flat_batches
 from ...multiplier import PreparedTable, prepare, prepare_bytes
+from .few_rows import few_rows_matmul, serves
 from .packing import STEPS, ends_of, flush_tile, images_of, interleave, pack, pack_pixels, runs_of
 from .threads import SCRATCH, even_ranges, flat, run
 from .vectors import CODES, LANES, data_of, element_type, i32, i64, inline, jit, transpose, vector_at
@@ -577,7 +578,13 @@ def _matmul(x: Tensor, w: Tensor, tables: Callable[[int], PreparedTable], out: T
 def lut_matmul(x: Tensor, w: Tensor, table: Tensor) -> Tensor:
     """``y[..., m, n] = Σ_k table[x[..., m, k], w[..., n, k]]``; whichever of m and n is cheaper as rows is the rows."""
     y = torch.empty(*batch_shape(x, w), x.shape[-2], w.shape[-2], dtype=torch.int32)
-    add_matmul(y, x, w, partial(_tables, table), False)
+    for x_part, w_part, y_part in flat_batches(x, w, y):
+        if serves(x_part, w_part):
+            few_rows_matmul(x_part, w_part, table, y_part, swapped=False)
+        elif serves(w_part, x_part):
+            few_rows_matmul(w_part, x_part, table, y_part.mT, swapped=True)
+        else:
+            _matmul(x_part, w_part, partial(_tables, table), y_part, False)
     return y
 
 

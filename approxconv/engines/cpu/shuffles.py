@@ -1,9 +1,9 @@
-"""Depthwise convolution by byte shuffles: 64 codes looked up at once, with nothing built (AVX-512 VBMI)."""
+"""Byte shuffles: 64 codes looked up at once, with nothing built (AVX-512 VBMI). Depthwise convolution by them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from ..._versioned import once_per_version
-from ...multiplier import prepare
+from ...multiplier import PreparedTable, prepare
 from .packing import copy_channels, copy_run
 from .threads import flat
 from .vectors import CODES, LANES, copy, data_of, fill, i32, i64, jit, transpose, vector_at
@@ -26,10 +26,10 @@ RUN = 2 * BYTES  # codes looked up together
 BAND = 4096  # codes of a channel that are looked up before their sums are written
 MAX_WORKER = 2**21  # bytes of scratch: very many phases would not fit the cache
 MAX_TAPS = 128  # so many bytes sum to less than 2¹⁵
-_BYTE = ir.VectorType(ir.IntType(8), BYTES)
+BYTE_VECTOR = ir.VectorType(ir.IntType(8), BYTES)
 
 
-def _unpack(builder: Any, a: Any, b: Any, high: bool) -> Any:
+def unpack(builder: Any, a: Any, b: Any, high: bool) -> Any:
     """Interleave the low or high halves of each 16 bytes, as vpunpckl/h do."""
     count = a.type.count
     per = count // 4
@@ -42,7 +42,7 @@ def _unpack(builder: Any, a: Any, b: Any, high: bool) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, count), picks))
 
 
-def _transpose_quarters(builder: Any, rows: list[Any]) -> list[Any]:
+def transpose_quarters(builder: Any, rows: list[Any]) -> list[Any]:
     """The 4×4 transpose of the 16-byte quarters of four vectors of int32."""
 
     def pick(a: Any, b: Any, quarters: Sequence[int]) -> Any:
@@ -59,27 +59,27 @@ def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(i32, vector.count), [0] * vector.count))
 
 
-def _load(builder: Any, pointer: Any, k: int) -> Any:
+def load_bytes(builder: Any, pointer: Any, k: int) -> Any:
     """The k-th 64 bytes behind a pointer to bytes."""
-    return builder.load(vector_at(builder, builder.gep(pointer, [i64(BYTES * k)]), _BYTE), align=1)
+    return builder.load(vector_at(builder, builder.gep(pointer, [i64(BYTES * k)]), BYTE_VECTOR), align=1)
 
 
 def _look_up(builder: Any, table: Sequence[Any], codes: Any) -> Any:
     """Of each code the entry of a table in one vector, or in four."""
     if len(table) == 1:
         permute = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_BYTE, [_BYTE] * 2), "llvm.x86.avx512.permvar.qi.512"
+            builder.module, ir.FunctionType(BYTE_VECTOR, [BYTE_VECTOR] * 2), "llvm.x86.avx512.permvar.qi.512"
         )
         return builder.call(permute, [table[0], codes])
     permute = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_BYTE, [_BYTE] * 3), "llvm.x86.avx512.vpermi2var.qi.512"
+        builder.module, ir.FunctionType(BYTE_VECTOR, [BYTE_VECTOR] * 3), "llvm.x86.avx512.vpermi2var.qi.512"
     )
     lower, upper = (builder.call(permute, [table[k], codes, table[k + 1]]) for k in (0, 2))
-    return builder.select(builder.icmp_signed("<", codes, ir.Constant(_BYTE, None)), upper, lower)
+    return builder.select(builder.icmp_signed("<", codes, ir.Constant(BYTE_VECTOR, None)), upper, lower)
 
 
 @intrinsic
-def _sum_looked_up(
+def sum_looked_up(
     _: Any, acc: Any, at: Any, codes: Any, start: Any, shifts: Any, table: Any, entries: Any, tap: Any, taps: Any,
     first: Any, bias: Any, scale: Any
 ) -> Any:  # fmt: skip
@@ -111,10 +111,10 @@ def _sum_looked_up(
         totals = [[[cgutils.alloca_once_value(builder, zero) for _ in "bu"] for _ in "lh"] for _ in parts]
         with cgutils.for_range_slice(builder, args[7], args[8], i64(1), intp=i64) as (tap, _count):
             row_at = builder.gep(table_at, [builder.load(builder.gep(entries_at, [tap]))])
-            quarters = [_load(builder, row_at, k) for k in range(8)]
+            quarters = [load_bytes(builder, row_at, k) for k in range(8)]
             from_at = builder.gep(codes_at, [builder.load(builder.gep(shifts_at, [tap]))])
             for part in parts:
-                code = _load(builder, from_at, part)
+                code = load_bytes(builder, from_at, part)
                 for half in (0, 1):
                     found = _look_up(builder, quarters[4 * half : 4 * half + 4], code)
                     both = builder.bitcast(found, word)
@@ -133,13 +133,13 @@ def _sum_looked_up(
             )
             even, odd = (
                 [
-                    builder.call(multiply_add, [_unpack(builder, low[i], high[i], side), constant(word, 1, 256)])
+                    builder.call(multiply_add, [unpack(builder, low[i], high[i], side), constant(word, 1, 256)])
                     for side in (False, True)
                 ]
                 for i in (0, 1)
             )
-            rows = [_unpack(builder, even[k], odd[k], side) for k in (0, 1) for side in (False, True)]
-            for k, found in enumerate(_transpose_quarters(builder, rows)):
+            rows = [unpack(builder, even[k], odd[k], side) for k in (0, 1) for side in (False, True)]
+            for k, found in enumerate(transpose_quarters(builder, rows)):
                 to = vector_at(builder, builder.gep(acc_at, [i64(BYTES * part + LANES * k)]), sums)
                 before = builder.select(args[9], bias_value, builder.load(to, align=4))
                 builder.store(builder.add(before, builder.shl(found, scale_value)), to, align=4)
@@ -148,13 +148,33 @@ def _sum_looked_up(
     return signature, codegen
 
 
-@once_per_version
-def _byte_planes(table: Tensor) -> np.ndarray:
-    """Bytes of ``table[a, w] - min(table)``, lowest first: uint8, ``(256, 2 or 4, 256)``, indexed ``[w, byte, a]``."""
-    known = prepare(table)
-    entries = known.columns.numpy().astype(np.int64) + (known.offset - known.low)
+class BytePlanes(NamedTuple):
+    """Bytes of ``table - low``, the lowest first: flat uint8, ``(256, count, 256)``; low is the least entry."""
+
+    planes: np.ndarray
+    count: int
+    low: int
+
+
+def _byte_planes(known: PreparedTable, rows: Tensor) -> BytePlanes:
+    entries = rows.numpy().astype(np.int64) + (known.offset - known.low)
     planes = entries.astype("<u4").view(np.uint8).reshape(CODES, CODES, 4)[..., : known.rows.itemsize]
-    return torch.from_numpy(planes).transpose(1, 2).contiguous().numpy()  # torch's memory begins at a cache line
+    planes = torch.from_numpy(planes).transpose(1, 2).contiguous().numpy()  # torch's memory begins at a cache line
+    return BytePlanes(planes.reshape(-1), known.rows.itemsize, known.low)
+
+
+@once_per_version
+def planes_of_columns(table: Tensor) -> BytePlanes:
+    """Indexed ``[w, byte, a]``."""
+    known = prepare(table)
+    return _byte_planes(known, known.columns)
+
+
+@once_per_version
+def planes_of_rows(table: Tensor) -> BytePlanes:
+    """Indexed ``[a, byte, w]``."""
+    known = prepare(table)
+    return _byte_planes(known, known.rows)
 
 
 def _pick(reach: int) -> Any:
@@ -170,14 +190,14 @@ def _pick(reach: int) -> Any:
             target_at = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
             source_at = builder.gep(data_of(context, builder, sig.args[2], args[2]), [args[3]])
             picks, keep = (
-                _load(builder, builder.gep(data_of(context, builder, sig.args[i], args[i]), [args[6]]), 0)
+                load_bytes(builder, builder.gep(data_of(context, builder, sig.args[i], args[i]), [args[6]]), 0)
                 for i in (4, 5)
             )
-            found = _look_up(builder, [_load(builder, source_at, k) for k in range(reach // BYTES)], picks)
-            kept = builder.icmp_unsigned("!=", keep, ir.Constant(_BYTE, None))
+            found = _look_up(builder, [load_bytes(builder, source_at, k) for k in range(reach // BYTES)], picks)
+            kept = builder.icmp_unsigned("!=", keep, ir.Constant(BYTE_VECTOR, None))
             builder.store(
-                builder.select(kept, found, _splat(builder, args[7], _BYTE)),
-                vector_at(builder, target_at, _BYTE),
+                builder.select(kept, found, _splat(builder, args[7], BYTE_VECTOR)),
+                vector_at(builder, target_at, BYTE_VECTOR),
                 align=1,
             )
             return context.get_dummy_value()
@@ -194,7 +214,7 @@ def _pad_64(_: Any, target: Any, at: Any, code: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         to = builder.gep(data_of(context, builder, sig.args[0], args[0]), [args[1]])
-        builder.store(_splat(builder, args[2], _BYTE), vector_at(builder, to, _BYTE), align=1)
+        builder.store(_splat(builder, args[2], BYTE_VECTOR), vector_at(builder, to, BYTE_VECTOR), align=1)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -305,7 +325,7 @@ def shuffled_block(
     x, x_strides, size, steps, padding, phases, pitch, pad_code, shifts, w, multiplier, table, pairs, bias, out,
     out_size, all_channels, band, rows, phase_size, image_range, channel_range
 ):  # fmt: skip
-    """One task: some images, some channels, 16 at a time; see `_sum_looked_up`.
+    """One task: some images, some channels, 16 at a time; see `sum_looked_up`.
 
     The images are one plane below each other, and the rows of it one run.
     """
@@ -343,7 +363,7 @@ def shuffled_block(
                         entries[tap] = (np.int64(w[lane * taps + tap]) * pairs + pair) * 2 * CODES
                     for tap in range(0, taps, MAX_TAPS):
                         for j in range(0, (some_rows - 1) * pitch[1] + out_w, RUN):
-                            _sum_looked_up(
+                            sum_looked_up(
                                 acc, j, planes, start + j, shifts, table, entries, tap, min(tap + MAX_TAPS, taps),
                                 pair == 0 and tap == 0, bias, np.int32(16 * pair)
                             )  # fmt: skip
@@ -367,7 +387,7 @@ def plan(
     """The block to run, its arguments but its ranges, a worker's bytes of scratch; None where phases are too many."""
     _, channels, *size = x.shape
     kernel, stride, padding, dilation = w.shape[2:], geometry[:2], geometry[2:4], geometry[4:]
-    known, table_bytes = prepare(table), _byte_planes(table)
+    known = planes_of_columns(table)
     pitch = [-(-(pad + n) // step) for pad, n, step in zip(padding, size, stride, strict=True)]
     (phases_h, rows), (phases_w, cols) = (_phases(*axis) for axis in zip(kernel, stride, dilation, strict=True))
     out_h, out_w = y.shape[2:]
@@ -393,8 +413,8 @@ def plan(
         np.array(shifts),
         w.contiguous().view(-1).numpy(),
         y.shape[1] // channels,
-        table_bytes.reshape(-1),
-        table_bytes.shape[1] // 2,
+        known.planes,
+        known.count // 2,
         np.int32(len(shifts) * known.low),
         y.view(-1).numpy(),
         (out_h, out_w),

@@ -64,6 +64,6 @@ def flat(tensor: Tensor) -> np.ndarray:
     if tensor.numel() == 0:
         return np.empty(1, np.uint8)  # has a type and is not read
     if tensor.is_contiguous():
-        return tensor.detach().view(-1).numpy()
+        return tensor.numpy().reshape(-1)
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((span,), (1,)).numpy()
+    return tensor.as_strided((span,), (1,)).numpy()
