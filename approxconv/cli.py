@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -40,6 +39,7 @@ from .training import (
     Score,
     Training,
     in_order,
+    load_tensors,
     process_group,
     read_checkpoint,
     score,
@@ -318,8 +318,8 @@ def _model(arguments: argparse.Namespace) -> nn.Module:
         raise CommandError(f"--model {arguments.model} must return a torch.nn.Module, got {type(model).__name__}")
     if arguments.weights is not None:
         try:
-            model.load_state_dict(torch.load(arguments.weights, map_location="cpu", weights_only=True))
-        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            model.load_state_dict(load_tensors(arguments.weights))
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CommandError(f"--weights {arguments.weights}: {error}") from error
     return model
 
@@ -365,6 +365,10 @@ def _per_layer(path: Path | None) -> dict[str, Any]:
 def _layer_settings(choice: dict[str, Any], path: Path) -> dict[str, Any]:
     """What `approximate` takes of them; a multiplier's file is looked for beside the map first."""
     own = dict(choice)
+    if "mode" in own:
+        raise CommandError(
+            f"--per-layer {path}: mode is --mode's; for exact products there is the multiplier exact_8u_8s"
+        )
     try:
         if "multiplier" in own:
             beside = path.parent / str(own["multiplier"])
@@ -669,7 +673,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "--per-layer",
         type=Path,
         metavar="FILE",
-        help="YAML or JSON: pattern of layers → NAME|FILE, or multiplier, quantization, gradient, mode, engine",
+        help="YAML or JSON: pattern of layers → NAME|FILE, or multiplier, quantization, gradient, engine",
     )
     parser.add_argument(
         "--skip", action="append", default=[], metavar="PATTERN", help="layers to leave in float; repeatable"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -192,7 +192,7 @@ def in_order(
     workers: int = 0,
 ) -> Iterator[Sequence[Tensor]]:
     """A rank's share of a dataset once, in order, in batches on a device: for `accuracy` and `approxconv.calibrate`."""
-    picks = torch.arange(rank, len(dataset), ranks).split(batch_size)
+    picks = torch.arange(len(dataset))[rank::ranks].split(batch_size)
     return _load(dataset, [pick for pick in picks if len(pick)], torch.device(device), workers)
 
 
@@ -225,9 +225,13 @@ class Score:
 
 
 def _figures(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """Summed loss, hits and number of a batch, of all ranks: float64 ``(3,)``."""
+    """Summed loss, hits and number of a batch: float64 ``(3,)``."""
     hits, number = (output.argmax(1) == labels).sum(), torch.full_like(loss, len(labels), dtype=torch.float64)
-    figures = torch.stack([loss.detach() * number, hits.double(), number])
+    return torch.stack([loss.detach() * number, hits.double(), number])
+
+
+def _joint(figures: Tensor) -> Tensor:
+    """Of all ranks together, in place."""
     if _is_distributed():
         dist.all_reduce(figures)
     return figures
@@ -241,7 +245,7 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def score(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> Score:
-    """Loss, accuracy and speed on batches ``(inputs, labels)``; the model is left in eval mode.
+    """Loss, accuracy and speed on batches ``(inputs, labels)``, of all ranks together; leaves the model in eval mode.
 
     Raises
     ------
@@ -249,13 +253,12 @@ def score(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> Score:
         No batches.
     """
     model.eval()
-    total, start, device = torch.zeros(3, dtype=torch.float64), None, torch.device("cpu")
+    device = next(chain(model.parameters(), model.buffers())).device
+    total, start = torch.zeros(3, dtype=torch.float64, device=device), _now(device)
     for inputs, labels in batches:
-        if start is None:
-            device, start = inputs.device, _now(inputs.device)
         output = model(inputs)
-        total = total.to(device) + _figures(output, labels, F.cross_entropy(output, labels))
-    if start is None:
+        total += _figures(output, labels, F.cross_entropy(output, labels))
+    if _joint(total)[2] == 0:
         raise ValueError("batches must yield at least one batch, got none")
     return Score.of(total, _now(device) - start)
 
@@ -348,7 +351,7 @@ class Training:
                 loss = F.cross_entropy(output, labels)
                 loss.backward()
                 self.optimizer.step()
-                figures = _figures(output, labels, loss).cpu()
+                figures = _joint(_figures(output, labels, loss)).cpu()
                 now = time.perf_counter()
                 self._figures, self._seconds = self._figures + figures, self._seconds + now - start
                 if after_batch is not None:
@@ -419,6 +422,16 @@ class Training:
         return True
 
 
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, without running code from the file; a ValueError if that is not in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # which ones a malformed file raises is not settled
+        raise ValueError(f"{path} holds no tensors of torch.save: {error}") from error
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `Training.save` wrote, on the CPU; ``["model"]`` is the model's state_dict.
 
@@ -427,10 +440,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     ValueError
         The file is no checkpoint, or a newer version's.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint: {error}") from error
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of approxconv's training")
     if content["version"] > VERSION:
