@@ -707,14 +707,18 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=_positive, default=1024, metavar="N", help="images for activation ranges (default 1024)"
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default 0)")
+    parser.add_argument("--workers", type=_count, default=0, metavar="N", help="processes that load images (default 0)")
     parser.add_argument("--seed", type=_seed, default=0, help="of weights, batches and augmentation (default 0)")
 
 
-def _positive(text: str) -> int:
-    if re.fullmatch("[0-9]{1,9}", text) is None or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text[:20]!r}")
+def _count(text: str, least: int = 0) -> int:
+    if re.fullmatch("[0-9]{1,9}", text) is None or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an int of at least {least}, got {text[:20]!r}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _count(text, 1)
 
 
 def _rate(text: str) -> float:
