@@ -51,6 +51,14 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the first one's floating-point buffers, such as the statistics of batch normalisation."""
+    if _is_distributed():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)
+
+
 def random_states(device: torch.device | None = None) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, and of a CUDA device's."""
     kind, keys, *rest = np.random.get_state()
@@ -361,7 +369,7 @@ class Training:
                     self.save(checkpoint)
             if self.scheduler is not None:
                 self.scheduler.step()
-            self._share_buffers()
+            share_buffers(self.model)
             done = Score.of(self._figures, self._seconds)
             self._figures, self._seconds = torch.zeros(3, dtype=torch.float64), 0.0
             if after_epoch is not None:
@@ -369,13 +377,6 @@ class Training:
             if checkpoint is not None:
                 self.save(checkpoint)
         self.model.eval()
-
-    def _share_buffers(self) -> None:
-        """Have all ranks end an epoch with the first one's statistics, as they begin each batch with them."""
-        if _is_distributed():
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    dist.broadcast(buffer, 0)
 
     def _parts(self) -> dict[str, Any]:
         """What has a state_dict of its own; the model without DistributedDataParallel's prefix."""

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_fsdp.py
 
-On the CPU, gloo has what this needs from torch 2.8.
+On the CPU it needs torch 2.13: gloo of older ones may sum gradients that are to be averaged (pytorch issue 162338).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 import approxconv
 from approxconv.demo import digits, small_cnn, train
 from approxconv.nn import approx_layers
-from approxconv.training import Batches, in_order, process_group, score
+from approxconv.training import Batches, in_order, process_group, score, share_buffers
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--multiplier", default="trunc5_8u_8s")
@@ -49,7 +49,8 @@ with process_group(device) as (rank, ranks):
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    # Every rank runs the model on all of them: a sharded layer's forward pass is a collective.
+    share_buffers(model)  # batch statistics are each rank's own
+    # Every rank runs the model on all images: a sharded layer's forward pass is a collective.
     accuracy = score(model, in_order(test_data, device=device)).accuracy
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:

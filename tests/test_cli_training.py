@@ -197,7 +197,7 @@ def test_what_was_retrained_is_evaluated(run, fails, folder):
     command = ["evaluate", *SETUP, "--batch-size", "16", "--mode", "approximate", "--checkpoint", "out", "--multiplier"]
     assert figures(run(*command, "trunc1_4u_4s")["approximate"]) == figures(result)
     assert run(*command, "trunc3_4u_4s")["approximate"]["loss"] > result["loss"]  # the same weights on another one
-    assert "--checkpoint out/checkpoint.pt: " in fails(*command, "trunc1_4s_4s")
+    assert "--checkpoint out/checkpoint.pt: " in fails(*command, "trunc1_4s")
     assert "lr = 0.02, this one has lr = 0.03" in fails(*RETRAIN[:-1], "0.03", "--checkpoint", "out")
     assert "No such file" in fails(*command[:-2], "nowhere", "--multiplier", "trunc1_4u_4s")
 
