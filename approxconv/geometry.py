@@ -25,8 +25,8 @@ def conv_output_size(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[int, int]:
-    """``(H', W')`` of a convolution: ``⌊(n + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1``.
+) -> tuple[int, ...]:
+    """Sizes of a convolution's output: ``⌊(n + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1``.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def conv_output_size(
                 f"padding {tuple(padding)}"
             )
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
-    return out[0], out[1]
+    return tuple(out)
 
 
 def batch_shape(x: Tensor, w: Tensor) -> torch.Size:

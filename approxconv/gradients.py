@@ -322,7 +322,9 @@ def lut_gradients(
     return grad_x, grad_w
 
 
-def noise(output: Tensor, depth: int, mean: float, variance: float, scale: Tensor, factor: Tensor | float) -> Tensor:
+def noise(
+    output: Tensor, depth: int | Tensor, mean: float, variance: float, scale: Tensor, factor: Tensor | float
+) -> Tensor:
     """Gaussian stand-in for the error of product sums: ``factor·scale·(K·μ + √(K·σ²)·ε)``, ε ~ N(0, 1) for each sum.
 
     The K errors of a sum are taken as independent, with the multiplier's mean and variance. ε does not depend on the
@@ -333,8 +335,8 @@ def noise(output: Tensor, depth: int, mean: float, variance: float, scale: Tenso
     ----------
     output : Tensor
         The exact output; gives shape, dtype and device.
-    depth : int
-        K, the number of products in a sum.
+    depth : int or Tensor
+        K, the number of products in a sum; broadcastable to output.
     mean, variance : float
         μ and σ² of one product's error: ``bias`` and ``variance`` of `Multiplier.metrics`, over uniform operands or
         over a layer's own.
@@ -359,7 +361,7 @@ def noise(output: Tensor, depth: int, mean: float, variance: float, scale: Tenso
     Networks", ICCAD 2022: Gaussian noise of learnable strength added to the exact output, and the standard deviation of
     a multiplier's error in a sum from its table.
     """
-    if depth < 0 or variance < 0:
+    if variance < 0 or (not isinstance(depth, Tensor) and depth < 0):
         raise ValueError(f"depth and variance must be at least 0, got {depth} and {variance}")
     error = torch.randn_like(output).mul_((depth * variance) ** 0.5).add_(depth * mean)
     return (factor * (scale * error)).to(output.dtype)

@@ -14,6 +14,7 @@ can be traced.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -128,8 +129,8 @@ class OperandFormat:
         makes NaN the lowest one.
         """
         shifted = (real.detach() * scale.detach().reciprocal()).round_().add_(zero_point)
-        low = torch.tensor(float(self.low), dtype=shifted.dtype, device="cpu")  # a scalar goes with any device
-        return torch.fmax(shifted, low, out=shifted).clamp_(max=self.high).to(self.dtype)
+        shifted.nan_to_num_(nan=self.low, posinf=self.high, neginf=self.low)
+        return shifted.clamp_(self.low, self.high).to(self.dtype)
 
     def fake_quantize(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """``scale · (code − zero_point)``; the gradient passes where nothing was clipped.
@@ -589,6 +590,11 @@ def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     return (bias.detach().double() / scale.detach().double()).round().clamp(-limit, limit - 1).long()
 
 
+def sum_dtype(bound: int) -> torch.dtype:
+    """int32 where it holds every integer below a bound in magnitude, else int64."""
+    return torch.int32 if bound < 2**31 else torch.int64
+
+
 def remove_zero_points(
     sums: Tensor,
     weight: QuantizedWeight,
@@ -602,7 +608,7 @@ def remove_zero_points(
     Parameters
     ----------
     sums : Tensor
-        int32 ``Σ table[xq, wq]``; may be overwritten.
+        int32 or int64 ``Σ table[xq, wq]``; may be overwritten.
     weight : QuantizedWeight
         Of K weights a channel.
     x_zero_point : int or Tensor
@@ -619,7 +625,7 @@ def remove_zero_points(
     Tensor
         int32 or int64, of sums' shape.
     """
-    dtype = torch.int32 if bound < 2**31 else torch.int64
+    dtype = sum_dtype(bound)
     depth = weight.codes[0].numel()
     if isinstance(x_zero_point, Tensor) or x_zero_point:
         constant = depth * x_zero_point * weight.zero_point.long() - x_zero_point * weight.sums
@@ -629,30 +635,31 @@ def remove_zero_points(
     return sums
 
 
-def pad_codes(codes: Tensor, pads: tuple[int, ...], value: int | Tensor) -> Tensor:
-    """`torch.nn.functional.pad` with an integer, or with a scalar integer tensor, whose value is not read.
+def pad_codes(codes: Tensor, padding: Sequence[int], value: int | Tensor) -> Tensor:
+    """Pad the last dimensions, at both ends each, with an integer or a scalar integer tensor, whose value is not read.
 
     The latter wraps around in the codes' type, and so is exact.
     """
+    pads = [p for p in reversed(padding) for _end in range(2)]
     if isinstance(value, Tensor):
         value = value.to(codes.dtype)
         return torch.nn.functional.pad(codes - value, pads) + value
-    return torch.nn.functional.pad(codes, pads, value=value)
+    return torch.nn.functional.pad(codes, pads, value=value) if any(pads) else codes
 
 
 def window_sums(
     codes: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     pad: int | Tensor,
 ) -> Tensor:
-    """``Σ_k xq`` over each receptive field: codes ``(B, C, H, W)`` to int32 ``(B, groups, H', W')``."""
+    """``Σ_k xq`` over each receptive field: codes ``(B, C, *size)`` to int32 ``(B, groups, *output)``."""
     sums = codes.unflatten(1, (groups, -1)).sum(2, dtype=torch.int32)
     border = pad * (codes.shape[1] // groups)
-    sums = pad_codes(sums, (padding[1], padding[1], padding[0], padding[0]), border)
+    sums = pad_codes(sums, padding, border)
     for dim, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         sums = sums.unfold(dim, d * (k - 1) + 1, s)[..., ::d].sum(-1, dtype=torch.int32)
     return sums

@@ -1,6 +1,6 @@
 """Retrain on several processes, each with its share of every batch.
 
-    torchrun --nproc-per-node 2 examples/train_ddp.py --checkpoint results/ddp.pt
+    torchrun --nproc-per-node 2 examples/train_ddp.py
 
 Killed at any moment and started again, it goes on from its last checkpoint and ends with the same weights, bit for bit.
 """
@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--multiplier", default="trunc5_8u_8s")
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--checkpoint", type=Path, default=Path("train_ddp.pt"))
+parser.add_argument("--every", type=int, default=10, help="batches between checkpoints")
 arguments = parser.parse_args()
 
 gpu = torch.cuda.is_available()
@@ -35,8 +36,9 @@ with process_group(device) as (rank, ranks):
     batches = Batches(train_data, batch_size=64, device=device, rank=rank, ranks=ranks)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     training = Training.with_adam(wrapped, batches, epochs=arguments.epochs, lr=1e-3)
-    training.resume(arguments.checkpoint)
-    training.run(arguments.epochs, checkpoint=arguments.checkpoint, every=5)
+    if training.resume(arguments.checkpoint) and rank == 0:
+        print(f"goes on after {training.epoch} epochs and {training.step} batches")
+    training.run(arguments.epochs, checkpoint=arguments.checkpoint, every=arguments.every)
 
     accuracy = score(model, in_order(test_data, device=device, rank=rank, ranks=ranks)).accuracy
     if rank == 0:

@@ -8,7 +8,8 @@ from .attention import (
     restore_attention,
 )
 from .composite import ApproxComposite
-from .conv import ApproxConv2d
+from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
+from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .convert import approx_layers, approximate, calibrate, set_mode, set_multiplier, to_float
 from .layer import ApproxLayer
 from .linear import ApproxLinear
@@ -19,7 +20,12 @@ from .summary import LayerSummary, ModelSummary, model_summary
 __all__ = [
     "ApproxAttention",
     "ApproxComposite",
+    "ApproxConv1d",
     "ApproxConv2d",
+    "ApproxConv3d",
+    "ApproxConvTranspose1d",
+    "ApproxConvTranspose2d",
+    "ApproxConvTranspose3d",
     "ApproxGRUCell",
     "ApproxLSTMCell",
     "ApproxLayer",

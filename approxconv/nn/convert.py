@@ -22,11 +22,20 @@ from ..gradients import GradientTables
 from ..multiplier import Multiplier, check_flag
 from ..quantization import Quantization
 from .batchnorm import find_batchnorms, fold
-from .conv import ApproxConv2d
+from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
+from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
 
-LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {nn.Conv2d: ApproxConv2d, nn.Linear: ApproxLinear}
+LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
+    nn.Conv1d: ApproxConv1d,
+    nn.Conv2d: ApproxConv2d,
+    nn.Conv3d: ApproxConv3d,
+    nn.ConvTranspose1d: ApproxConvTranspose1d,
+    nn.ConvTranspose2d: ApproxConvTranspose2d,
+    nn.ConvTranspose3d: ApproxConvTranspose3d,
+    nn.Linear: ApproxLinear,
+}
 """What `approximate` replaces by what: exactly these types, not their subclasses."""
 
 Pattern = str | Callable[[str, nn.Module], bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def is_transformed() -> bool:
+    """Whether a torch.func transform runs this."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or a torch.func transform runs this: values stay unread, nothing is kept."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def check_mode(mode: str) -> str:
@@ -329,7 +334,7 @@ class ApproxLayer(nn.Module):
                 self._start_weight_scale()
         self._derive()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *geometry: Any) -> Tensor:
         """Apply the layer in its mode; shapes as the torch layer's.
 
         Raises
@@ -340,9 +345,9 @@ class ApproxLayer(nn.Module):
         if self.mode == "float":
             if self.observing:
                 self.activation_observer(input.detach().float())
-            return super().forward(input)
+            return super().forward(input, *geometry)
         self._check_calibrated()
-        return self._integer_forward(input).to(input.dtype)
+        return self._integer_forward(input, *geometry).to(input.dtype)
 
     def _check_calibrated(self) -> None:
         if self._moves():
@@ -462,7 +467,7 @@ class ApproxLayer(nn.Module):
             self._derive()
         return self._exact
 
-    def _integer_forward(self, input: Tensor) -> Tensor:
+    def _integer_forward(self, input: Tensor, *geometry: Any) -> Tensor:
         """Quantise, look up and add, take the zero points out, rescale, add the bias.
 
         The layer supplies its operator: ``operand_shapes(input_shape)``, those of both operands and a convolution's
@@ -477,12 +482,12 @@ class ApproxLayer(nn.Module):
         depth = weight.codes[0].numel()
         column = (-1, *[1] * (-self._channel_dim - 1))
         sums = remove_zero_points(
-            self._lookup(codes, weight.codes, table, zero_point),
+            self._lookup(codes, weight.codes, table, zero_point, *geometry),
             weight,
             zero_point,
-            None if self.weight_format.symmetric else self._code_sums(codes, zero_point),
+            None if self.weight_format.symmetric else self._code_sums(codes, zero_point, *geometry),
             column,
-            sum_bound(table, depth),
+            4 * sum_bound(table, depth),
         )
         scale = (sx * weight.scale).view(column)
         bias = None if self.bias is None else self.bias.float().view(column)
@@ -495,7 +500,9 @@ class ApproxLayer(nn.Module):
         else:
             output = rescaled(sums, scale)
         if self.mode == "noise":
-            output = output + noise(output, depth, *self._error, scale, self.noise_factor)
+            output = output + noise(
+                output, self._fan_in(depth, real.shape, *geometry), *self._error, scale, self.noise_factor
+            )
         return output if bias is None else output + bias
 
     def _quantize_activation(self, name: str, real: Tensor) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
@@ -529,14 +536,17 @@ class ApproxLayer(nn.Module):
         w = self._fake_quantized("weight", filters, weight.scale, weight.zero_point)
         needs, terms = (x.requires_grad, w.requires_grad), self._terms
         sx, zx = sx.clone(), zx.clone()  # what is kept for the backward pass is the layer's own
-        function = _LookUp if not torch.compiler.is_compiling() else _TracedLookUp
         if terms is None or self.mode != "approximate":
+            if is_transformed():
+                return _TracedLookUp.apply(x, w, sums, scale, self._exact_gradient, x, w)
             # The codes stand for x: a byte an element instead of a float.
-            kept = (codes if needs[1] else None, w.detach() if needs[0] else None, sx, zx)
-            return function.apply(x, w, sums, scale, self._straight_through, *kept)
-        reads = terms.reads(needs)
-        kept = (codes if reads[0] else None, weight.codes if reads[1] else None)
-        return function.apply(x, w, sums, scale, self._by_terms, *kept, sx, zx, weight.scale, weight.zero_point, *terms)
+            rule, kept = self._straight_through, (codes if needs[1] else None, w.detach() if needs[0] else None, sx, zx)
+        else:
+            reads = terms.reads(needs)
+            read = codes if reads[0] else None, weight.codes if reads[1] else None
+            rule, kept = self._by_terms, (*read, sx, zx, weight.scale, weight.zero_point, *terms)
+        function = _TracedLookUp if is_traced() else _LookUp
+        return function.apply(x, w, sums, scale, rule, *kept)
 
     def _fake_quantized(self, name: str, real: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         operand = getattr(self, f"{name}_format")
@@ -547,6 +557,12 @@ class ApproxLayer(nn.Module):
                 real, learned, zero_point[: len(learned)] if zero_point.ndim else zero_point, features
             )
         return operand.fake_quantize(real, scale, zero_point)
+
+    def _exact_gradient(
+        self, grad: Tensor, needs: tuple[bool, bool], shapes: tuple[torch.Size, torch.Size], x: Tensor, w: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The exact operator's gradients, to be differentiated again."""
+        return self._gradient(grad, x, w, needs)
 
     def _straight_through(
         self,
@@ -588,13 +604,17 @@ class ApproxLayer(nn.Module):
             zw.view(column),
             self._gradient,
             needs,
-            lambda grad: self._gradient_sums(grad, shapes[1]),
+            lambda grad: self._grad_sums(grad, shapes),
         )
 
-    def _gradient_sums(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient's sum over all products of each weight, for the weight's shape."""
+    def _fan_in(self, depth: int, shape: Sequence[int], *geometry: Any) -> int | Tensor:
+        """How many products each sum has, of at most `depth`, for an input of some shape."""
+        return depth
+
+    def _grad_sums(self, grad: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
+        """The sum of grad over all products of each weight, padded positions among them."""
         others = [dim for dim in range(grad.ndim) if dim != grad.ndim + self._channel_dim]
-        return grad.sum(others).view(-1, *[1] * (len(shape) - 1))
+        return grad.sum(others).view(-1, *[1] * (len(shapes[1]) - 1))
 
     def train(self, mode: bool = True) -> ApproxLayer:
         """As in torch. Weights changed in eval mode behind autograd's back (``weight.data``) are seen from here on."""
@@ -713,8 +733,8 @@ def move(source: nn.Module, target: nn.Module) -> None:
 
 
 def sum_bound(table: Tensor, depth: int) -> int:
-    """At least the magnitude of all partial results of so many products; what int64 holds where values stay unread."""
-    return 2**31 if is_traced() else 4 * depth * max(prepare(table).magnitude, table.numel())
+    """The most that so many products, looked up or exact, add up to; 2³¹ where the table cannot be read."""
+    return 2**31 if is_traced() else depth * max(prepare(table).magnitude, table.numel())
 
 
 def rescaled(sums: Tensor, scale: Tensor) -> Tensor:
@@ -750,6 +770,9 @@ class _TracedLookUp(torch.autograd.Function):
 
 
 class _LookUp(_TracedLookUp):
-    """The same, which says so if it is differentiated twice; torch.compile says it itself."""
+    """The same with what is kept no function of x and w, so that it refuses to be differentiated twice.
+
+    torch.compile refuses that itself.
+    """
 
     backward = staticmethod(once_differentiable(_TracedLookUp.backward))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import noise
-from ..quantization import QuantizedWeight
+from ..quantization import QuantizedWeight, sum_dtype
 from .layer import ApproxLayer, rescaled, sum_bound
 
 
@@ -71,7 +71,7 @@ class ApproxMatmul(ApproxLayer, Matmul):
         b_codes, sb, zb, b_zero = self._quantize_activation("weight", b)
         table, depth = self.operation_table(), a.shape[-1]
         sums = torch.ops.approxconv.lut_matmul(a_codes, b_codes, table, engine=self.engine)
-        dtype = torch.int32 if sum_bound(table, depth) < 2**31 else torch.int64
+        dtype = sum_dtype(4 * sum_bound(table, depth))
         sums = sums.to(dtype)
         if isinstance(a_zero, Tensor) or a_zero:
             sums -= a_zero * (b_codes.sum(-1, dtype=dtype) - depth * b_zero).unsqueeze(-2)
@@ -94,8 +94,8 @@ class ApproxMatmul(ApproxLayer, Matmul):
         grad_w = (grad.mT @ x.to(grad.dtype)).sum_to_size(w.shape) if needs[1] else None
         return grad_x, grad_w
 
-    def _gradient_sums(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        return grad.sum(-2).sum_to_size(shape[:-1]).unsqueeze(-1)
+    def _grad_sums(self, grad: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
+        return grad.sum(-2).sum_to_size(shapes[1][:-1]).unsqueeze(-1)
 
     def operand_shapes(
         self, shape: Sequence[int], other: Sequence[int]

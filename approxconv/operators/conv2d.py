@@ -155,6 +155,52 @@ def round_once(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return sums.to(dtype)
 
 
+def conv_gradient(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    conf: Mapping[str, Any],
+    needs: tuple[bool, bool],
+    output_padding: Sequence[int] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adjoints of a convolution of any number of dimensions, or of a transposed one.
+
+    Parameters
+    ----------
+    grad : Tensor
+        ``(B, O, *output)``, floating.
+    x, w : Tensor
+        ``(B, C, *input)`` and ``(O, C/groups, *kernel)``, or ``(C, O/groups, *kernel)`` of a transposed convolution;
+        converted to grad's dtype.
+    conf : mapping
+        stride, padding, dilation (one int a dimension) and groups.
+    needs : pair of bool
+        Which of the two to compute; the other is None.
+    output_padding : sequence of int, optional
+        That of a transposed convolution.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``(grad_x, grad_w)``.
+    """
+    transposed = output_padding is not None
+    grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x.to(grad.dtype),
+        w.to(grad.dtype),
+        None,
+        conf["stride"],
+        conf["padding"],
+        conf["dilation"],
+        transposed,
+        output_padding if transposed else (0,) * len(conf["stride"]),
+        conf["groups"],
+        (*needs, False),
+    )
+    return grad_x, grad_w
+
+
 def _conv_bwd_ste(
     grad: Tensor, x: Tensor, w: Tensor, conf: Mapping[str, Any], needs: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -178,21 +224,7 @@ def _conv_bwd_ste(
     tuple of Tensor
         ``(grad_x, grad_w)``.
     """
-    conf = _conf(conf)
-    grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x.to(grad.dtype),
-        w.to(grad.dtype),
-        None,
-        conf["stride"],
-        conf["padding"],
-        conf["dilation"],
-        False,
-        (0, 0),
-        conf["groups"],
-        (*needs, False),
-    )
-    return grad_x, grad_w
+    return conv_gradient(grad, x, w, _conf(conf), needs)
 
 
 class ApproxConv2dOp(torch.autograd.Function):

@@ -1,0 +1,149 @@
+"""Approximate transposed convolution layers of one, two and three dimensions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..operators.conv2d import conv_gradient
+from ..operators.straight_through import or_placeholder
+from ..quantization import sum_dtype
+from .conv import ApproxConvNd
+from .layer import sum_bound
+
+
+def _reach(tap: int, stride: int, padding: int, size: int, output: int) -> tuple[slice, slice]:
+    """The inputs i whose product with a tap falls on an output ``i·stride + tap − padding``, and these outputs."""
+    shift = tap - padding
+    first = max(0, -(shift // stride))
+    count = max(0, min(size - 1, (output - 1 - shift) // stride) - first + 1)
+    start = first * stride + shift
+    return slice(first, first + count), slice(start, start + count * stride, stride)
+
+
+class _ConvTranspose(ApproxConvNd):
+    """A transposed convolution: a matrix product, whose columns are added up where they overlap."""
+
+    padding: tuple[int, ...]
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Apply the layer in its mode; arguments and shapes as the torch layer's.
+
+        Raises
+        ------
+        RuntimeError
+            A quantised mode before `approxconv.calibrate`.
+        ValueError
+            An output size that this input cannot have.
+        """
+        return super().forward(input, output_size)
+
+    def _filters(self, weight: Tensor) -> Tensor:
+        """``(C, O/groups, *kernel)`` as ``(O, C/groups, *kernel)``; and back."""
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _smallest_output(self, size: Sequence[int]) -> list[int]:
+        """The output's size where output_padding is 0."""
+        geometry = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in geometry]
+
+    def _integer_forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        self._is_batched("input", input.shape)
+        dims = len(self.kernel_size)
+        wanted = None if output_size is None else list(output_size)
+        extra = self._output_padding(input, wanted, self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        if any(e >= max(s, d) for e, s, d in zip(extra, self.stride, self.dilation, strict=True)):
+            raise ValueError(
+                f"output_padding must be smaller than stride or dilation, got {tuple(extra)}, {self.stride} and "
+                f"{self.dilation}"
+            )
+        size = [least + e for least, e in zip(self._smallest_output(input.shape[-dims:]), extra, strict=True)]
+        if min(*input.shape[-dims:], *size) < 1:
+            raise ValueError(f"input and output must not be empty, got {tuple(input.shape)} and an output of {size}")
+        return super()._integer_forward(input, size)
+
+    def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Tensor, Tensor]:
+        """``(g, B·size, C/g)`` and ``(g, kernel·O/g, C/g)``."""
+        rows = x.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+        return rows, w.unflatten(0, (self.groups, -1)).flatten(3).permute(0, 3, 1, 2).flatten(1, 2)
+
+    def _overlap_add(self, columns: Tensor, output: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """``y[b, (g, o), i·stride + tap·dilation − padding] += columns[g, b, i, tap, o]``; taps are counted through."""
+        groups, batch, *size, _taps, lanes = columns.shape
+        y = columns.new_zeros(groups, batch, *output, lanes, dtype=dtype)
+        for n, tap in enumerate(itertools.product(*map(range, self.kernel_size))):
+            places = zip(tap, self.dilation, self.stride, self.padding, size, output, strict=True)
+            reached = [_reach(t * d, s, p, i, o) for t, d, s, p, i, o in places]
+            inputs, outputs = zip(*reached, strict=True)
+            y[(..., *outputs, slice(None))] += columns[(..., *inputs, n, slice(None))]
+        return y.movedim(-1, 1).movedim(2, 0).flatten(1, 2).contiguous()
+
+    def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor, output: Sequence[int]) -> Tensor:
+        columns = torch.ops.approxconv.lut_matmul(*self._arguments(x, w, pad_code), table, engine=self.engine)
+        columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (math.prod(self.kernel_size), -1))
+        dtype = sum_dtype(sum_bound(table, w[0].numel()))
+        sums = self._overlap_add(columns, output, dtype)
+        if (
+            isinstance(pad_code, Tensor) or pad_code
+        ):  # each of K products has its zero point taken out: one that is missing counts as an exact zx·wq
+            of_taps = self._arguments(x, w, pad_code)[1].sum(-1, dtype=torch.int32).unflatten(-1, columns.shape[-2:])
+            of_taps = of_taps.view(self.groups, 1, *[1] * len(output), *columns.shape[-2:])
+            of_taps = self._overlap_add(of_taps.expand(-1, -1, *x.shape[2:], -1, -1), output, dtype)
+            whole = w.flatten(1).sum(1, dtype=dtype).view(-1, *[1] * len(output))
+            sums += pad_code * (whole - of_taps)
+        return sums
+
+    def _code_sums(self, x: Tensor, zero_point: int | Tensor, output: Sequence[int]) -> Tensor:
+        channels, taps = self.in_channels // self.groups, math.prod(self.kernel_size)
+        sums = x.unflatten(1, (self.groups, -1)).sum(2, dtype=torch.int32) - channels * zero_point
+        columns = sums.transpose(0, 1)[..., None, None].expand(*[-1] * (sums.ndim), taps, 1)
+        sums = self._overlap_add(columns, output, torch.int32) + channels * taps * zero_point
+        return sums.repeat_interleave(self.out_channels // self.groups, dim=1)
+
+    def _gradient(
+        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        conf = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        extra = [n - least for n, least in zip(grad.shape[2:], self._smallest_output(x.shape[2:]), strict=True)]
+        grad_x, grad_w = conv_gradient(grad, x, self._filters(w), conf, needs, extra)
+        return grad_x, None if grad_w is None else self._filters(grad_w)
+
+    def _fan_in(self, depth: int, shape: Sequence[int], output: Sequence[int]) -> Tensor:
+        taps = math.prod(self.kernel_size)
+        products = torch.full((1, 1, *[1] * len(output), taps, 1), depth // taps, device=self.table.device)
+        return self._overlap_add(products.expand(-1, -1, *shape[2:], -1, -1), output, torch.int64)
+
+    def _grad_sums(self, grad: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
+        ones, w = grad.new_ones(()).expand(shapes[0]), or_placeholder(None, shapes[1], grad)
+        return self._gradient(grad, ones, w, (False, True))[1]
+
+
+class ApproxConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` whose products come from a multiplier's table.
+
+    As `ApproxConvTranspose2d`, with ``(B, C, L)`` to ``(B, O, L')``.
+    """
+
+
+class ApproxConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` whose products come from a multiplier's table.
+
+    In the quantised modes
+    ``y[b, o, i·stride + r·dilation − padding] += sx·sw[o] · Σ_c (table[xq, wq] − zx·wq − zw[o]·xq + zx·zw[o])``
+    for each input pixel i of ``xq[b, c, i]`` and each tap r of ``wq[c, o, r]``, and ``+ bias[o]`` once. The hardware
+    meant multiplies each input with each tap and adds products up where they overlap, as this layer does: it inserts no
+    zeros, so ``table[zx, wq]`` counts for those inputs only that are zero. Sums are exact integers, rescaled once.
+
+    Parameters are `torch.nn.ConvTranspose2d`'s and `ApproxLayer`'s.
+    """
+
+
+class ApproxConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` whose products come from a multiplier's table.
+
+    As `ApproxConvTranspose2d`, with ``(B, C, D, H, W)`` to ``(B, O, D', H', W')``.
+    """
