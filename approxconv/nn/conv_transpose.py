@@ -104,7 +104,7 @@ class _ConvTranspose(ApproxConvNd):
     def _overlaps(self, values: Tensor, output: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Sums ``(B, g, *output)`` of values ``(B, g, *input)`` over the taps that reach an output."""
         columns = values.transpose(0, 1)[(..., *[None] * (len(output) + 1))]
-        return self._overlap_add(columns.expand(*values.transpose(0, 1).shape, *self.kernel_size, 1), output, dtype)
+        return self._overlap_add(columns.expand(*[-1] * values.ndim, *self.kernel_size, 1), output, dtype)
 
     def _code_sums(self, x: Tensor, zero_point: int | Tensor, output: Sequence[int]) -> Tensor:
         channels, taps = self.in_channels // self.groups, math.prod(self.kernel_size)
