@@ -162,7 +162,7 @@ def evaluate(
     float_model: nn.Module, multiplier: Multiplier, data: Digits, epochs: int, seed: int, tick: Callable[[], None]
 ) -> Result:
     """Convert, calibrate, measure, retrain and measure again."""
-    model = approximate(float_model, multiplier)
+    model = approximate(float_model, multiplier, first_last="approximate")
     calibrate(model, data.train_x.split(256))
     set_mode(model, "quantized")
     at_8bit = accuracy(model, data)

@@ -5,14 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.ao.quantization.observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
 from torch.nn import functional as F
 
 from approxconv.quantization import (
     OperandFormat,
     OperandQuantization,
+    Quantization,
     QuantizedWeight,
     activation_observer,
     observed_scale,
+    pad_codes,
+    quantize_bias,
     quantize_weight,
     remove_zero_points,
     window_sums,
@@ -321,3 +330,236 @@ def test_remove_zero_points_of_a_convolution(case, a_signed, w_signed):
     # The loops themselves: with the zero points taken out, padding is zero.
     centred = F.conv2d(xq.double() - zx, wq.double() - zw.view(-1, 1, 1, 1), None, stride, padding, dilation, groups)
     assert torch.equal(centred.round().long(), expected)
+
+
+# Schemes, ranges and observers
+
+ODD = torch.tensor([-0.7, 1.9, 0.3, -0.2, 0.8])
+
+
+@pytest.mark.parametrize("kind", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_scales_are_bit_for_bit_those_of_torchs_observers(bits, signed, scheme, narrow, kind):
+    if not signed and (narrow or scheme == "symmetric"):
+        return
+    operand = OperandFormat(bits, signed, scheme, narrow)
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randn(400, 6, generator=generator) * torch.logspace(-9, 9, 400)[:, None]
+    values += torch.randn(400, 1, generator=generator) * values.abs().amax(1, keepdim=True)
+    observer = (PerChannelMinMaxObserver if kind == "per_channel" else MinMaxObserver)(
+        dtype=torch.qint8 if signed else torch.quint8,
+        qscheme=getattr(torch, f"{kind}_{scheme}"),
+        quant_min=operand.low,
+        quant_max=operand.high,
+    )
+    for rows in [values] if kind == "per_channel" else values[::40].split(1):
+        observer.reset_min_max_vals()
+        observer(rows)
+        scale, zero_point = operand.scale_and_zero_point(*rows.aminmax(dim=1))
+        theirs = observer.calculate_qparams()
+        assert torch.equal(scale, theirs[0])
+        assert torch.equal(zero_point.long(), theirs[1].long())
+        assert zero_point.dtype == torch.int32
+
+
+def test_moving_average_is_torchs():
+    quantization, operand = OperandQuantization(range="moving_average", momentum=0.3), OperandFormat(8, False)
+    ours = activation_observer(quantization, operand)
+    theirs = MovingAverageMinMaxObserver(averaging_constant=0.3)
+    for factor in (1.0, -3.0, 0.1):
+        ours(ODD * factor)
+        theirs(ODD * factor)
+        ours(ODD[:0])
+        assert torch.equal(ours.min_val, theirs.min_val)
+        assert torch.equal(ours.max_val, theirs.max_val)
+
+
+def observed(quantization, operand, *batches):
+    observer = activation_observer(quantization, operand)
+    for batch in batches:
+        observer(batch)
+    scale, zero_point = observed_scale(observer, quantization, operand)
+    assert scale.shape == zero_point.shape == ()
+    assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
+    return scale, zero_point
+
+
+def squared_error(values, operand, scale, zero_point):
+    return (operand.fake_quantize(values, scale, zero_point) - values).double().square().sum().item()
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", ["histogram", "mse", "percentile"])
+def test_ranges_that_clip_outliers(kind, signed, bits):
+    operand = OperandFormat(bits, signed)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(20_000, generator=generator) + 0.3
+    values[:3] = torch.tensor([-9.0, 30.0, 40.0])
+    parts = values[:10_000] * 0.5, values[10_000:]
+    joint = torch.cat(parts)
+    scale, zero_point = observed(OperandQuantization(range=kind, percentile=99.0), operand, *parts)
+    widest = observed(OperandQuantization(), operand, *parts)
+    assert scale < widest[0]
+    if kind != "percentile":  # torch's search stops at the first step that does not pay
+        assert squared_error(joint, operand, scale, zero_point) < squared_error(joint, operand, *widest) * 1.001
+    if kind == "mse":  # what a search over the values themselves finds, to the width of a bin
+        low, high = joint.aminmax()
+        trials = [operand.scale_and_zero_point(low * t / 100, high * t / 100) for t in range(1, 101)]
+        least = min(squared_error(joint, operand, *trial) for trial in trials)
+        assert squared_error(joint, operand, scale, zero_point) < 1.02 * least
+    if kind == "percentile":
+        low, high = joint.double().quantile(0.005), joint.double().quantile(0.995)
+        expected, _ = operand.scale_and_zero_point(low, high)
+        bin_width = (joint.max() - joint.min()).item() / 2048
+        assert abs(scale - expected).item() <= 2 * 2 * bin_width / (operand.high - operand.low)
+
+
+def test_histogram_is_torchs_and_refuses_what_is_not_finite():
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(3000, generator=generator).exp()
+    theirs = HistogramObserver(quant_min=0, quant_max=255)
+    theirs(values)
+    scale, zero_point = observed(OperandQuantization(range="histogram"), OperandFormat(8, False), values)
+    assert (scale.item(), zero_point.item()) == tuple(each.item() for each in theirs.calculate_qparams())
+    with pytest.raises(ValueError, match="finite"):
+        observed(OperandQuantization(range="mse"), OperandFormat(8, False), torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse", "lsq"])
+@pytest.mark.parametrize(
+    "operand", [OperandFormat(4, True), OperandFormat(5, False), OperandFormat(8, True, None, True)]
+)
+def test_weight_ranges(operand, kind, granularity):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 3, 50, generator=generator) * torch.tensor([0.1, 1.0, 3.0, 0.5]).view(-1, 1, 1)
+    quantization = OperandQuantization(range=kind, granularity=granularity, percentile=98.0)
+    result = quantize_weight(weight, operand, quantization)
+    assert result.scale.shape == result.zero_point.shape == (4,)
+    assert result.codes.shape == weight.shape
+    rows = weight.flatten(1) if granularity == "per_channel" else weight.view(1, -1)
+    for row, scale, zero_point in zip(rows, result.scale, result.zero_point, strict=False):
+        low, high = row.aminmax()
+        if kind == "percentile":
+            low, high = row.sort().values[[len(row) // 100, -1 - len(row) // 100]]
+        if kind == "mse":
+            trials = [operand.scale_and_zero_point(low * t / 100, high * t / 100) for t in range(1, 101)]
+            least = min(squared_error(row, operand, *trial) for trial in trials)
+            assert squared_error(row, operand, scale, zero_point) == pytest.approx(least, rel=1e-4)
+            continue
+        expected, zero = operand.scale_and_zero_point(low, high)
+        if kind == "lsq":
+            steps = max(operand.high - zero.item(), zero.item() - operand.low)
+            expected = 2 * row.abs().mean() / steps**0.5
+        torch.testing.assert_close(scale, expected, rtol=1e-5, atol=0)
+        assert zero_point == zero
+    if granularity == "per_tensor":
+        assert result.scale.unique().numel() == 1
+    column = (-1, 1, 1)
+    codes = operand.quantize(weight, result.scale.view(column), result.zero_point.view(column))
+    assert torch.equal(result.codes, codes)
+    assert codes.min() >= operand.low
+    assert codes.max() <= operand.high
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("operand", "zero"), [(OperandFormat(4, True), 0), (OperandFormat(3, False), 2)])
+def test_learned_step_size(channels, operand, zero):
+    """Value and gradients by the paper's equations 1 and 3, in double precision."""
+    generator = torch.Generator().manual_seed(4)
+    real = torch.randn(3, 40, generator=generator).requires_grad_()
+    scale = (torch.rand(channels, generator=generator) * 0.2 + 0.1).requires_grad_()
+    zero_point = torch.full((channels,), zero, dtype=torch.int32)
+    grad = torch.randn(3, 40, generator=generator)
+    y = operand.fake_quantize_learned(real, scale, zero_point, 40)
+    y.backward(grad)
+
+    s = scale.detach().double().view(-1, 1)
+    v = real.detach().double() / s
+    low, high = operand.low - zero, operand.high - zero
+    torch.testing.assert_close(y.double(), v.round().clamp(low, high) * s, rtol=1e-6, atol=1e-6)
+    inside = (v.round() >= low) & (v.round() <= high)
+    by_scale = torch.where(inside, v.round() - v, v.clamp(low, high)) * grad
+    expected = (by_scale.sum(1) if channels == 3 else by_scale.sum().view(1)) / (40 * operand.high) ** 0.5
+    torch.testing.assert_close(scale.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(real.grad, grad * inside, rtol=1e-5, atol=1e-6)
+
+
+def test_bias_codes():
+    bias, scale = torch.tensor([0.26, -0.24, 0.25, 3e9, -3e9, 0.0]), torch.full((6,), 0.5)
+    assert quantize_bias(bias, scale).tolist() == [1, 0, 0, 2**31 - 1, -(2**31), 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize("value", [0, 100, 127])
+def test_padding_with_a_value_that_is_not_read(dtype, value):
+    codes = random_codes(torch.Generator().manual_seed(5), (2, 3, 4), OperandFormat(8, dtype == torch.int8)).to(dtype)
+    padded = pad_codes(codes, (1, 2), torch.tensor(value, dtype=torch.int32))
+    assert torch.equal(padded, pad_codes(codes, (1, 2), value))
+    assert torch.equal(padded, F.pad(codes, (2, 2, 1, 1), value=value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"scheme": "logarithmic"}, "scheme"),
+        ({"granularity": "per_group"}, "granularity"),
+        ({"range": "guess"}, "range"),
+        ({"bits": 7.5}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"narrow_range": 1}, "narrow_range"),
+        ({"percentile": 20}, "percentile"),
+        ({"momentum": 0}, "momentum"),
+    ],
+)
+def test_operand_quantization_refuses(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        OperandQuantization(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"activation": OperandQuantization(granularity="per_channel")}, "'per_tensor' fits"),
+        ({"activation": "minmax"}, "activation must be"),
+        ({"weight": OperandQuantization(range="moving_average")}, "weight range must be one of 'minmax'"),
+        ({"activation": OperandQuantization(range="mse"), "freeze": False}, "'moving_average', 'lsq' fit"),
+        ({"freeze": 1}, "freeze"),
+        ({"bias_bits": 16}, "bias_bits"),
+    ],
+)
+def test_quantization_refuses(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        Quantization(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "a_signed", "w_signed", "named"),
+    [
+        (Quantization(weight=OperandQuantization("affine")), False, True, "weight scheme 'affine'.*'symmetric' fits"),
+        (Quantization(weight=OperandQuantization("symmetric")), False, False, "weight scheme.*unsigned.*'affine' fits"),
+        (Quantization(OperandQuantization("symmetric")), False, True, "activation scheme.*'affine' fits"),
+        (Quantization(OperandQuantization(bits=9)), False, True, "activation bits must be 2 to 8"),
+        (Quantization(weight=OperandQuantization(bits=5)), False, True, "weight bits must be 2 to 4"),
+        (Quantization(OperandQuantization(narrow_range=True)), False, True, "narrow_range=False fits"),
+    ],
+)
+def test_pairs_that_do_not_fit_say_what_does(quantization, a_signed, w_signed, named):
+    with pytest.raises(ValueError, match=named):
+        quantization.formats((8, 4), a_signed, w_signed)
+
+
+def test_formats_are_chosen_from_the_operands():
+    for a_signed, w_signed in itertools.product([False, True], repeat=2):
+        a, w = Quantization().formats((8, 6), a_signed, w_signed)
+        assert (a.bits, a.signed, a.symmetric, a.low, a.high) == (8, a_signed, a_signed, *expected_range(a))
+        assert (w.bits, w.signed, w.symmetric, w.low, w.high) == (6, w_signed, w_signed, *expected_range(w))
+    a, w = Quantization(OperandQuantization("affine", bits=3), OperandQuantization(narrow_range=True)).formats(
+        (8, 8), True, True
+    )
+    assert (a.low, a.high, a.symmetric) == (-4, 3, False)
+    assert (w.low, w.high, w.symmetric) == (-127, 127, True)
