@@ -144,7 +144,10 @@ class ApproxLayer(nn.Module):
         engine: str = "auto",
     ) -> ApproxLayer:
         """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
-        return cls.__new__(cls)._adopt(layer, multiplier, mode, engine, quantization, gradient)
+        self = cls.__new__(cls)
+        move(layer, self)
+        self._init_approx(multiplier, mode, engine, quantization, gradient)
+        return self
 
     def to_float(self) -> nn.Module:
         """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
@@ -157,20 +160,6 @@ class ApproxLayer(nn.Module):
         for key in [key for key, hook in hooks.items() if hook is _no_op]:
             del hooks[key]
         return layer
-
-    def _adopt(
-        self,
-        layer: nn.Module,
-        multiplier: Multiplier | str,
-        mode: str,
-        engine: str,
-        quantization: Quantization | None = None,
-        gradient: str | GradientTables = "ste",
-    ) -> ApproxLayer:
-        """Become `layer`, on its device: its parameters, training flag, hooks and whatever else was put on it."""
-        move(layer, self)
-        self._init_approx(multiplier, mode, engine, quantization, gradient)
-        return self
 
     def _init_approx(
         self,
@@ -401,11 +390,7 @@ class ApproxLayer(nn.Module):
         """Turn the observed ranges into scales and zero points; learned weight scales start anew."""
         self.observing = False
         for name in self._activations:
-            observer = getattr(self, f"{name}_observer")
-            operand = getattr(self, f"{name}_format")
-            scale, zero_point = observed_scale(observer, self.quantization.activation, operand)
-            getattr(self, f"{name}_scale").copy_(scale)
-            getattr(self, f"{name}_zero_point").copy_(zero_point)
+            self._set_scale(name)
         self.calibrated.fill_(True)
         if self.weight is not None:
             self._start_weight_scale()
@@ -417,11 +402,14 @@ class ApproxLayer(nn.Module):
         observer = getattr(self, f"{name}_observer")
         observer(real)
         observer.synchronize()
-        operand = getattr(self, f"{name}_format")
+        self._set_scale(name)
+        self.calibrated.fill_(True)
+
+    def _set_scale(self, name: str) -> None:
+        observer, operand = getattr(self, f"{name}_observer"), getattr(self, f"{name}_format")
         scale, zero_point = observed_scale(observer, self.quantization.activation, operand)
         getattr(self, f"{name}_scale").copy_(scale)
         getattr(self, f"{name}_zero_point").copy_(zero_point)
-        self.calibrated.fill_(True)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Codes, scales and zero points of the weight as it is now.
@@ -516,9 +504,10 @@ class ApproxLayer(nn.Module):
         known = host_int(zero_point) if not is_traced() else 0 if operand.symmetric else zero_point
         return operand.quantize(real, scale, zero_point), scale, zero_point, known
 
-    def _operands(self) -> list[nn.Parameter]:
-        """Parameters that the product depends on."""
-        return [p for name, p in self.named_parameters(recurse=False) if name not in ("bias", "noise_factor")]
+    def _operands(self) -> list[Tensor]:
+        """What the product depends on beside activations: the weight, and scales that are learned."""
+        learned = [self._parameters[name] for name in self._scale_names() if name in self._parameters]
+        return learned if self.weight is None else [self.weight, *learned]
 
     def _recorded(
         self,
@@ -553,9 +542,7 @@ class ApproxLayer(nn.Module):
         if self._learns(name):
             learned = getattr(self, f"{name}_scale")
             features = math.prod(real.shape[1:]) if name in self._activations else real.numel() // len(learned)
-            return operand.fake_quantize_learned(
-                real, learned, zero_point[: len(learned)] if zero_point.ndim else zero_point, features
-            )
+            return operand.fake_quantize_learned(real, learned, getattr(self, f"{name}_zero_point"), features)
         return operand.fake_quantize(real, scale, zero_point)
 
     def _exact_gradient(

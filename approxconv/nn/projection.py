@@ -54,9 +54,6 @@ class ApproxProjection(ApproxLinear):
         """``(N,)``, the owner's, or None."""
         return None if self._bias is None else self._parameter(*self._bias)
 
-    def _operands(self) -> list[Tensor]:
-        return [self.weight, *super()._operands()]
-
     def to_float(self) -> nn.Module:
         """There is no stock layer of such a kind; its owner has one."""
         raise ValueError("a projection has no stock layer of its own: convert the module that it is part of")

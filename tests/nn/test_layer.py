@@ -193,6 +193,23 @@ def test_ranges_that_move_in_training(range, kind, hostile):
     assert torch.equal(frozen.activation_scale, scale)
 
 
+def test_a_weight_that_is_derived_later_gets_its_gradient(hostile):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer, x = make("linear", hostile())
+    doubled, _ = make("linear", hostile())
+    with torch.no_grad():
+        doubled.weight.mul_(0.5)
+    nn.utils.parametrize.register_parametrization(doubled, "weight", Doubled())
+    assert torch.equal(doubled(x), layer(x))
+    for each in (layer, doubled):
+        each.bias.requires_grad_(False)
+        each(x).square().sum().backward()
+    assert torch.equal(doubled.parametrizations.weight.original.grad, 2 * layer.weight.grad)
+
+
 # Gradients and noise
 
 
