@@ -17,7 +17,7 @@ from rich.progress import track
 
 import approxconv
 
-from . import cpu, multipliers, training
+from . import cpu, multipliers, network, training
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,6 +60,8 @@ def _measure(what: str, repeats: int, console: Console) -> tuple[str, str, Calla
         cases = [case for case in cpu.CASES if not case.depthwise]
         rows = [training.measure(case, repeats) for case in track(cases, "measuring", console=console)]
         return machine, training.markdown(rows), None
+    if what == "network":
+        return machine, network.markdown(network.measure(repeats)), None
     rows = [cpu.measure(case, repeats) for case in track((*cpu.CASES, *cpu.LINEAR), "measuring", console=console)]
     return machine, cpu.markdown(rows), None
 
@@ -69,9 +71,9 @@ def main() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("cpu", "multipliers", "training", "gpu"),
+        choices=("cpu", "multipliers", "training", "network", "gpu"),
         default="cpu",
-        help="the CPU's engines by layer (default), by multiplier, in training; or the GPU's",
+        help="the CPU's engines by layer (default), by multiplier, in training, in a whole network; or the GPU's",
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each (default 15)")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md, and its plot if it has one")

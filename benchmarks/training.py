@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from approxconv import Multiplier, calibrate
-from approxconv.nn import ApproxConv2d
+from approxconv.nn import ApproxConv2d, ApproxLayer
 
 from .cpu import BATCH, TABLES, Case, geometric_mean, medians, table_of
 
@@ -25,13 +25,22 @@ class Step:
     native: float
 
 
-def _fake_quantised(layer: ApproxConv2d, x: torch.Tensor) -> torch.Tensor:
-    """What the layer computes with exact products, in fp32 from end to end."""
-    a, w = layer.activation_format, layer.weight_format
-    zero_points = torch.zeros_like(layer.weight_scale, dtype=torch.int32)
-    x = torch.fake_quantize_per_tensor_affine(x, layer.activation_scale, layer.activation_zero_point, a.low, a.high)
-    weight = torch.fake_quantize_per_channel_affine(layer.weight, layer.weight_scale, zero_points, 0, w.low, w.high)
-    return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+class FakeQuantised(nn.Module):
+    """What a calibrated layer computes with exact products, in fp32 by torch's own operators."""
+
+    def __init__(self, layer: ApproxLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As the layer."""
+        layer, a, w = self.layer, self.layer.activation_format, self.layer.weight_format
+        zero_points = torch.zeros_like(layer.weight_scale, dtype=torch.int32)
+        x = torch.fake_quantize_per_tensor_affine(x, layer.activation_scale, layer.activation_zero_point, a.low, a.high)
+        weight = torch.fake_quantize_per_channel_affine(layer.weight, layer.weight_scale, zero_points, 0, w.low, w.high)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, layer.bias)
+        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
 
 
 def measure(case: Case, repeats: int) -> Step:
@@ -54,8 +63,8 @@ def measure(case: Case, repeats: int) -> Step:
 
         return run
 
-    exact = next(iter(layers.values()))
-    steps = [*(step(layer) for layer in layers.values()), step(lambda x: _fake_quantised(exact, x)), step(plain)]
+    exact = FakeQuantised(next(iter(layers.values())))
+    steps = [*(step(layer) for layer in layers.values()), step(exact), step(plain)]
     *ours, fake_quantised, native = medians(steps, repeats)
     return Step(case, dict(zip(layers, ours, strict=True)), fake_quantised, native)
 

@@ -8,7 +8,7 @@ from approxconv import get_multiplier
 from approxconv.engines import reference
 from approxconv.kernels import compile_kernel, use_source
 from approxconv.kernels.host import run_on_host
-from benchmarks import cpu, gpu, multipliers, training
+from benchmarks import cpu, gpu, multipliers, network, training
 from benchmarks.cpu import CASES, Case, Linear, geometric_mean, measure
 
 
@@ -35,6 +35,20 @@ def test_a_training_step_is_measured():
     step = training.measure(Case("ResNet-18", 4, 5), repeats=2)
     assert min(*step.seconds.values(), step.fake_quantised, step.native) > 0
     assert f"| {step.case.name} |" in training.markdown([step])
+
+
+def test_a_network_is_measured():
+    result = network.measure(repeats=1, width=4, batch=2)
+    for times in result.seconds.values():
+        assert min(times.values()) > 0
+        assert list(times) == [*cpu.TABLES, network.FAKE, network.NATIVE]
+    assert "| any table | " in network.markdown(result)
+
+
+def test_the_network_is_resnet_18():
+    model = network.resnet18()
+    assert sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in model.modules()) == 18 + 3  # and shortcuts
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962
 
 
 def test_multipliers_are_measured_and_drawn(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from .attention import (
     ApproxAttention,
     ApproxMultiheadAttention,
+    Attention,
     approximate_attention,
     attention_modules,
     restore_attention,
@@ -14,7 +15,7 @@ from .convert import approx_layers, approximate, calibrate, set_mode, set_multip
 from .layer import ApproxLayer
 from .linear import ApproxLinear
 from .matmul import ApproxMatmul, Matmul
-from .recurrent import ApproxGRUCell, ApproxLSTMCell
+from .recurrent import ApproxGRU, ApproxGRUCell, ApproxLSTM, ApproxLSTMCell
 from .summary import LayerSummary, ModelSummary, model_summary
 
 __all__ = [
@@ -26,12 +27,15 @@ __all__ = [
     "ApproxConvTranspose1d",
     "ApproxConvTranspose2d",
     "ApproxConvTranspose3d",
+    "ApproxGRU",
     "ApproxGRUCell",
+    "ApproxLSTM",
     "ApproxLSTMCell",
     "ApproxLayer",
     "ApproxLinear",
     "ApproxMatmul",
     "ApproxMultiheadAttention",
+    "Attention",
     "LayerSummary",
     "Matmul",
     "ModelSummary",

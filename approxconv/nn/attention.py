@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from inspect import unwrap
+from functools import cache
+from inspect import getattr_static, unwrap
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .matmul import ApproxMatmul
 from .projection import ApproxProjection
 
 _IMPLEMENTATION = "approxconv"
-_CHILD = "approx_attention"
+ATTENTION_CHILD = "approx_attention"
 _Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -86,8 +87,16 @@ def attention(
     return av(weights, value), weights
 
 
-class ApproxAttention(ApproxComposite):
-    """Scaled dot-product attention whose two products come from a multiplier's table.
+class Attention(nn.Module):
+    """`attention` as a module."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Attend: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return attention(query, key, value, *args, **kwargs)
+
+
+class ApproxAttention(ApproxComposite, Attention):
+    """`Attention` whose two products come from a multiplier's table.
 
     ``weights = softmax(scale·(Q·Kᵀ) + mask)`` and ``output = weights·V``: Q·Kᵀ and weights·V as `ApproxMatmul` computes
     them, each operand with its own scale, the softmax in float32.
@@ -100,8 +109,8 @@ class ApproxAttention(ApproxComposite):
         self.av = ApproxMatmul(**arguments)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`attention` with the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
-        return attention(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
+        """Attend by the layer's products: output ``(..., H, L, Dv)`` and weights ``(..., H, L, S)``."""
+        return super().forward(query, key, value, *args, **kwargs, qk=self.qk, av=self.av)
 
 
 class ApproxOutProjection(ApproxLinear, NonDynamicallyQuantizableLinear):
@@ -129,7 +138,7 @@ class ApproxMultiheadAttention(ApproxComposite, nn.MultiheadAttention):
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
-                "query, key and value must not be nested: give a torch.nn.TransformerEncoder enable_nested_tensor=False"
+                "query, key and value must not be nested: set use_nested_tensor = False on the TransformerEncoder"
             )
         sizes = (self.embed_dim, self.kdim, self.vdim)
         for name, tensor, size in zip(("query", "key", "value"), (query, key, value), sizes, strict=True):
@@ -250,7 +259,7 @@ def _attention_function(
     mask = attention_mask
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
-    attend = getattr(module, _CHILD, attention)
+    attend = getattr(module, ATTENTION_CHILD, attention)
     dropout = dropout if module.training else 0.0
     output, weights = attend(query, key, value, mask, dropout, scaling, softcap=softcap)
     return output.transpose(1, 2).contiguous(), weights
@@ -265,13 +274,23 @@ def _register() -> None:
     AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
 
 
+@cache
+def _code_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names that the forward method of a class reads; none if it is not written in Python."""
+    return getattr(getattr(unwrap(getattr_static(kind, "forward")), "__code__", None), "co_names", ())
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of Hugging Face models that call a registered attention function, by name."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if "ALL_ATTENTION_FUNCTIONS" in unwrap(type(module).forward).__code__.co_names
+        name: module for name, module in model.named_modules() if "ALL_ATTENTION_FUNCTIONS" in _code_names(type(module))
     }
+
+
+def check_attention(name: str, module: nn.Module) -> None:
+    """Raise a ValueError if `approximate_attention` cannot stand for what an attention module computes."""
+    if getattr(module, "sinks", None) is not None:
+        raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
 
 
 def approximate_attention(
@@ -310,7 +329,7 @@ def approximate_attention(
         multiplier = dict.fromkeys(modules, multiplier)
     former = {}
     for module in modules.values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         former.setdefault(id(module.config), module.config._attn_implementation)
         if child is not None:
             former[id(module.config)] = child.implementation
@@ -319,13 +338,12 @@ def approximate_attention(
         if name not in modules:
             raise ValueError(f"multiplier must name attention modules, got {name!r}; there are {', '.join(modules)}")
         module = modules[name]
-        if getattr(module, "sinks", None) is not None:
-            raise ValueError(f"attention module {name!r} must have no attention sinks: skip it")
-        if not hasattr(module, _CHILD):
+        check_attention(name, module)
+        if not hasattr(module, ATTENTION_CHILD):
             added[name] = HuggingFaceAttention(former[id(module.config)], multiplier=choice, **arguments)
     for name, child in added.items():
         child.train(modules[name].training).to(next(modules[name].parameters()).device)
-        setattr(modules[name], _CHILD, child)
+        setattr(modules[name], ATTENTION_CHILD, child)
         modules[name].config._attn_implementation = _IMPLEMENTATION
     return added
 
@@ -333,7 +351,7 @@ def approximate_attention(
 def restore_attention(model: nn.Module) -> None:
     """Undo `approximate_attention`, in place."""
     for module in attention_modules(model).values():
-        child = getattr(module, _CHILD, None)
+        child = getattr(module, ATTENTION_CHILD, None)
         if child is not None:
             module.config._attn_implementation = child.implementation
-            delattr(module, _CHILD)
+            delattr(module, ATTENTION_CHILD)

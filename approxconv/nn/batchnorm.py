@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,6 +48,8 @@ class FoldedBatchNorm(nn.Identity):
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__.startswith(__package__) or super().is_leaf_module(m, module_qualified_name)
 
@@ -84,7 +90,102 @@ def _pairs(root: nn.Module, graph: fx.Graph, layers: set[nn.Module]) -> Iterator
         yield layer if folds else None, norm
 
 
-def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+class _Flow(TorchDispatchMode):
+    """Notes, while a model runs, which modules take the outputs of which layers, and parameters read from outside."""
+
+    def __init__(self, layers: set[nn.Module], norms: set[nn.Module]) -> None:
+        super().__init__()
+        self.norms = norms
+        self.calls = Counter[nn.Module]()
+        self.active: list[nn.Module] = []
+        self.takers: dict[nn.Module, set[nn.Module | None]] = {layer: set() for layer in layers}
+        self.read: set[nn.Module] = set()
+        self.owners = {
+            id(tensor): part
+            for part in layers | norms
+            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        }
+        self.makers: dict[int, nn.Module] = {}
+        self.outputs: list[Any] = []  # kept, so that no other tensor gets the id of one
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        self.calls[module] += 1
+        self.active.append(module)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook."""
+        self.active.pop()
+        if module in self.takers:
+            self.makers[id(output)] = module
+            self.outputs.append(output)
+
+    def note(self, tensors: Iterable[Any], taker: nn.Module | None) -> None:
+        """Some tensors are used in the forward pass of `taker`, or outside of all."""
+        for tensor in tensors:
+            if id(tensor) in self.makers:
+                self.takers[self.makers[id(tensor)]].add(taker)
+            owner = self.owners.get(id(tensor), taker)
+            if owner is not None and owner is not taker:
+                self.read.add(owner)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.note(tree_leaves((args, kwargs)), self.active[-1] if self.active else None)
+        return func(*args, **(kwargs or {}))
+
+    def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Layers and the batch normalisations that alone take their outputs."""
+        for layer, takers in self.takers.items():
+            norm = next(iter(takers), None)
+            once = self.calls[layer] == self.calls[norm] == len(takers) == 1
+            if once and norm in self.norms and not {layer, norm} & self.read:
+                yield layer, norm
+
+
+def _run_pairs(
+    model: nn.Module, layers: set[nn.Module], run: Callable[[], Any]
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Every layer whose output, in one run of the model, only a batch normalisation takes, and that."""
+    norms = {module for module in model.modules() if type(module) in _KINDS and module.running_mean is not None}
+    flow = _Flow(layers, norms)
+    handles = [part.register_forward_pre_hook(flow.enter) for part in layers | norms]
+    handles += [part.register_forward_hook(flow.leave) for part in layers | norms]
+    try:
+        with flow:
+            output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    flow.note(tree_leaves(output), None)
+    yield from flow.pairs()
+
+
+def _traced_pairs(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The same by tracing a copy of the model, which runs its own code and may put constants on it."""
+    traced = copy.deepcopy(model)
+    original = dict(zip(traced.modules(), model.modules(), strict=True))
+    chosen = {copied for copied, module in original.items() if module in layers}
+    known: set[nn.Module] = set()
+    for root, graph in _graphs(traced, set()):
+        if root is traced:  # what it does not call is not used
+            known.update(model.modules())
+        for layer, norm in _pairs(root, graph, chosen):
+            known.add(original[norm])
+            if layer is not None:
+                yield original[layer], original[norm]
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module not in known:
+            raise ValueError(
+                f"fold_batchnorm: torch.fx cannot trace the code that calls {name!r}, so what comes before it is not "
+                "known: give a batch instead of True, to see it in a run, or leave fold_batchnorm out"
+            )
+
+
+def find_batchnorms(
+    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any] | None = None
+) -> dict[str, str]:
     """Which batch normalisation takes the output of which layer, that output going nowhere else.
 
     Parameters
@@ -92,7 +193,10 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
     model : torch.nn.Module
         In eval mode. A copy of it is traced by `torch.fx`, in parts where it cannot be traced as a whole.
     layers : mapping of str to torch.nn.Module
-        The layers of `model` in question by name.
+        The layers of `model` in question by name; convolutions and linear ones are looked at.
+    run : callable, optional
+        Runs the model and returns its output, without gradients. What this one run does is then taken for what the
+        model does, and nothing is traced.
 
     Returns
     -------
@@ -106,37 +210,17 @@ def find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
         A batch normalisation that no part calls which can be traced, that is in training mode, or with hooks on it or
         on its layer that would see other values.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    parameters = [
-        parameter
-        for module in model.modules()
-        for parameter in module._parameters.values()  # parameters() skips repeats
-        if parameter is not None
-    ]
-    uses = {id(parameter): 0 for parameter in parameters}
-    for parameter in parameters:
-        uses[id(parameter)] += 1
-
-    traced = copy.deepcopy(model)  # tracing runs the model's own code and may put constants on it
-    original = dict(zip(traced.modules(), model.modules(), strict=True))
-    chosen = {copied for copied, module in original.items() if any(module is layer for layer in layers.values())}
-    known: set[int] = set()
-    found: dict[str, str] = {}
-    for root, graph in _graphs(traced, set()):
-        for copied_layer, copied_norm in _pairs(root, graph, chosen):
-            norm = original[copied_norm]
-            known.add(id(norm))
-            if copied_layer is None:
-                continue
-            layer = original[copied_layer]
-            if all(uses[id(parameter)] == 1 for part in (layer, norm) for parameter in part.parameters(recurse=False)):
-                found[names[id(layer)]] = names[id(norm)]
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and id(module) not in known:
-            raise ValueError(
-                f"fold_batchnorm: torch.fx cannot trace the code that calls {name!r}, so what comes before it is not "
-                "known: fold it with torch.nn.utils.fusion.fuse_conv_bn_eval first, or leave fold_batchnorm out"
-            )
+    names = {module: name for name, module in model.named_modules()}
+    uses = Counter(  # parameters() skips repeats
+        parameter for module in model.modules() for parameter in module._parameters.values() if parameter is not None
+    )
+    weighted = {layer for layer in layers.values() if isinstance(layer, (nn.Linear, _ConvNd))}
+    pairs = _traced_pairs(model, weighted) if run is None else _run_pairs(model, weighted, run)
+    found = {
+        names[layer]: names[norm]
+        for layer, norm in pairs
+        if all(uses[parameter] == 1 for part in (layer, norm) for parameter in part.parameters(recurse=False))
+    }
     for name, norm_name in found.items():
         _check_foldable(name, model.get_submodule(name), norm_name, model.get_submodule(norm_name))
     return found

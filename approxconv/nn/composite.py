@@ -73,8 +73,7 @@ class ApproxComposite(nn.Module):
         self._init_products(
             multiplier=multiplier, mode=mode, engine=engine, quantization=quantization, gradient=gradient
         )
-        for layer in self.products().values():
-            layer.train(self.training)
+        self.train(self.training)
         self._own_names = {*(names_of(self) - stock), (None, "_own_names")}
 
     def _init_products(self, **arguments: Any) -> None:

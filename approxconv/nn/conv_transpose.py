@@ -54,8 +54,9 @@ class _ConvTranspose(ApproxConvNd):
     def _integer_forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         self._is_batched("input", input.shape)
         dims = len(self.kernel_size)
-        wanted = None if output_size is None else list(output_size)
-        extra = self._output_padding(input, wanted, self.stride, self.padding, self.kernel_size, dims, self.dilation)
+        extra = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
         if any(e >= max(s, d) for e, s, d in zip(extra, self.stride, self.dilation, strict=True)):
             raise ValueError(
                 f"output_padding must be smaller than stride or dilation, got {tuple(extra)}, {self.stride} and "
@@ -83,18 +84,17 @@ class _ConvTranspose(ApproxConvNd):
         return y.movedim(-1, 1).movedim(2, 0).flatten(1, 2).contiguous()
 
     def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor, output: Sequence[int]) -> Tensor:
-        columns = torch.ops.approxconv.lut_matmul(*self._arguments(x, w, pad_code), table, engine=self.engine)
+        rows, taps = self._arguments(x, w, pad_code)
+        columns = torch.ops.approxconv.lut_matmul(rows, taps, table, engine=self.engine)
         columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (math.prod(self.kernel_size), -1))
         dtype = sum_dtype(sum_bound(table, w[0].numel()))
         sums = self._overlap_add(columns, output, dtype)
-        if (
-            isinstance(pad_code, Tensor) or pad_code
-        ):  # each of K products has its zero point taken out: one that is missing counts as an exact zx·wq
-            of_taps = self._arguments(x, w, pad_code)[1].sum(-1, dtype=torch.int32).unflatten(-1, columns.shape[-2:])
-            of_taps = of_taps.view(self.groups, 1, *[1] * len(output), *columns.shape[-2:])
-            of_taps = self._overlap_add(of_taps.expand(-1, -1, *x.shape[2:], -1, -1), output, dtype)
-            whole = w.flatten(1).sum(1, dtype=dtype).view(-1, *[1] * len(output))
-            sums += pad_code * (whole - of_taps)
+        if isinstance(pad_code, Tensor) or pad_code:
+            # zx·wq is about to be taken out of K products: what is missing of them has to be there as such.
+            shape = (self.groups, 1, *[1] * len(output), *columns.shape[-2:])
+            of_taps = taps.sum(-1, dtype=torch.int32).view(shape).expand(-1, -1, *x.shape[2:], -1, -1)
+            of_all = w.flatten(1).sum(1, dtype=dtype).view(-1, *[1] * len(output))
+            sums += pad_code * (of_all - self._overlap_add(of_taps, output, dtype))
         return sums
 
     def _code_sums(self, x: Tensor, zero_point: int | Tensor, output: Sequence[int]) -> Tensor:

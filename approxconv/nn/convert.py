@@ -21,13 +21,27 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..gradients import GradientTables
 from ..multiplier import Multiplier, check_flag
 from ..quantization import Quantization
+from .attention import (
+    ATTENTION_CHILD,
+    ApproxAttention,
+    ApproxMultiheadAttention,
+    Attention,
+    HuggingFaceAttention,
+    approximate_attention,
+    attention_modules,
+    check_attention,
+    restore_attention,
+)
 from .batchnorm import find_batchnorms, fold
+from .composite import ApproxComposite
 from .conv import ApproxConv1d, ApproxConv2d, ApproxConv3d
 from .conv_transpose import ApproxConvTranspose1d, ApproxConvTranspose2d, ApproxConvTranspose3d
 from .layer import ApproxLayer, as_multiplier, check_mode
 from .linear import ApproxLinear
+from .matmul import ApproxMatmul, Matmul
+from .recurrent import ApproxGRU, ApproxGRUCell, ApproxLSTM, ApproxLSTMCell
 
-LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
+LAYERS: dict[type[nn.Module], type[ApproxLayer | ApproxComposite]] = {
     nn.Conv1d: ApproxConv1d,
     nn.Conv2d: ApproxConv2d,
     nn.Conv3d: ApproxConv3d,
@@ -35,6 +49,13 @@ LAYERS: dict[type[nn.Module], type[ApproxLayer]] = {
     nn.ConvTranspose2d: ApproxConvTranspose2d,
     nn.ConvTranspose3d: ApproxConvTranspose3d,
     nn.Linear: ApproxLinear,
+    nn.MultiheadAttention: ApproxMultiheadAttention,
+    nn.LSTM: ApproxLSTM,
+    nn.GRU: ApproxGRU,
+    nn.LSTMCell: ApproxLSTMCell,
+    nn.GRUCell: ApproxGRUCell,
+    Matmul: ApproxMatmul,
+    Attention: ApproxAttention,
 }
 """What `approximate` replaces by what: exactly these types, not their subclasses."""
 
@@ -74,11 +95,17 @@ def _check_skip(skip: Pattern | Iterable[Pattern]) -> list[Pattern]:
     return list(skip)
 
 
-def _check_settings(argument: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that `ApproxLayer.from_float` takes, or its ValueError; tried on a layer without weights."""
+@cache
+def _stock(kind: type[nn.Module]) -> nn.Module:
+    """A small layer of that type; no random numbers are drawn."""
+    return kind() if kind in (Matmul, Attention) else kind(1, 1, 1, device="meta")
+
+
+def _check_settings(argument: str, settings: dict[str, Any], kind: type[nn.Module] = nn.Linear) -> dict[str, Any]:
+    """Settings that `from_float` takes for layers of a type, or its ValueError; tried on one without weights."""
     try:
         settings["multiplier"] = as_multiplier(settings["multiplier"])
-        ApproxLinear.from_float(nn.Linear(1, 1, device="meta"), **settings)
+        LAYERS[kind].from_float(copy.deepcopy(_stock(kind)), **settings)
     except ValueError as error:
         raise ValueError(f"{argument}{error}") from None
     return settings
@@ -101,29 +128,17 @@ def _check_per_layer(
     return choices
 
 
-def _stock(kind: type[nn.Module]) -> nn.Module:
-    """A small layer of that type; no random numbers are drawn."""
-    return kind(1, 1, 1, device="meta")
-
-
 @cache
 def _own_names(kind: type[nn.Module]) -> frozenset[str]:
     """The attributes an approximate layer has and the torch layer `kind` has not."""
-    return frozenset(dir(LAYERS[kind].from_float(_stock(kind), Multiplier.exact()))).difference(dir(_stock(kind)))
+    stock = copy.deepcopy(_stock(kind))
+    return frozenset(dir(LAYERS[kind].from_float(stock, Multiplier.exact()))).difference(dir(_stock(kind)))
 
 
-@cache
-def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(_stock(kind)._parameters)
-
-
-def _check_convertible(name: str, layer: nn.Module) -> None:
-    """Raise a ValueError that names the layer and the remedy if it cannot be replaced.
-
-    An approximate layer trains its weight itself; it must not be derived from others by a hook or a parametrisation.
-    """
-    kind = parametrize.type_before_parametrizations(layer)
-    derived = [tensor for tensor in _parameter_names(kind) if tensor not in layer._parameters]
+def _check_parameters(name: str, layer: nn.Module, stock: nn.Module) -> None:
+    """Raise a ValueError that names the layer and the remedy if a parameter that `stock` has is derived from others."""
+    names = getattr(layer, "_flat_weights_names", stock._parameters)  # an LSTM's or a GRU's, as many as it has layers
+    derived = [tensor for tensor in names if tensor not in layer._parameters]
     if parametrize.is_parametrized(layer):
         derived = list(layer.parametrizations)
         undo = "torch.nn.utils.parametrize.remove_parametrizations(layer, {!r})"
@@ -133,6 +148,16 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
     if derived:
         remedy = f"run {undo.format(derived[0])} first" if undo else f"make its {derived[0]} a parameter"
         raise ValueError(f"layer {name!r} must hold its {derived[0]} as a parameter: {remedy}, or skip the layer")
+    for child, part in stock.named_children():
+        _check_parameters(f"{name}.{child}", layer.get_submodule(child), part)
+
+
+def _check_convertible(name: str, layer: nn.Module) -> None:
+    """Raise a ValueError that names the layer and the remedy if it cannot be replaced.
+
+    An approximate layer trains its weight itself; it must not be derived from others by a hook or a parametrisation.
+    """
+    _check_parameters(name, layer, _stock(parametrize.type_before_parametrizations(layer)))
     taken = _own_names(type(layer)).intersection(dir(layer)) | {"forward"}.intersection(vars(layer))
     if taken:
         raise ValueError(
@@ -142,20 +167,36 @@ def _check_convertible(name: str, layer: nn.Module) -> None:
 
 
 def convertible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that are approximate or that `approximate` would convert, by name, in module order."""
+    """Layers that are approximate or that `approximate` would convert, by name, in module order.
+
+    Without those inside an approximate one, and without what `approximate_attention` added.
+    """
     _check_model(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ApproxLayer) or parametrize.type_before_parametrizations(module) in LAYERS
-    }
+    found, inside = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, (ApproxLayer, ApproxComposite)):
+            if module not in inside and not isinstance(module, HuggingFaceAttention):
+                found[name] = module
+            if isinstance(module, ApproxComposite):
+                inside.update(module.modules())
+        elif parametrize.type_before_parametrizations(module) in LAYERS:
+            found[name] = module
+    return found
+
+
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The type in `LAYERS` of a stock layer, or of that which an approximate one stands for; None if there is none."""
+    for kind, new in LAYERS.items():
+        if isinstance(layer, new) or parametrize.type_before_parametrizations(layer) is kind:
+            return kind
+    return None
 
 
 def _ends(names: Sequence[str], first_last: str | None) -> tuple[set[str], str]:
     """The first and the last name, and what becomes of them."""
     if first_last not in (None, *FIRST_LAST):
         raise ValueError(f"first_last must be {', '.join(map(repr, FIRST_LAST))} or None, got {first_last!r}")
-    ends = {names[0], names[-1]}
+    ends = {*names[:1], *names[-1:]}
     return ends, first_last or ("quantized" if len(names) > len(ends) else "approximate")
 
 
@@ -164,14 +205,19 @@ def exact_products(multiplier: Multiplier) -> Multiplier:
     return Multiplier.exact(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
 
 
-def _set_anew(layer: ApproxLayer, settings: dict[str, Any]) -> ApproxLayer:
+def _set_anew(layer: ApproxLayer | ApproxComposite, settings: dict[str, Any]) -> ApproxLayer | ApproxComposite:
     """An approximate layer with other settings: the same one, calibrated as it is, unless quantised another way."""
-    if layer.quantization != (settings["quantization"] or Quantization()):
+    parts = layer.products().values() if isinstance(layer, ApproxComposite) else (layer,)
+    if any(part.quantization != (settings["quantization"] or Quantization()) for part in parts):
+        if isinstance(layer, HuggingFaceAttention):
+            device = next(layer.buffers()).device
+            return HuggingFaceAttention(layer.implementation, **settings).to(device).train(layer.training)
         return type(layer).from_float(layer.to_float(), **settings)
-    layer.gradient = "ste"  # tables of its own may not fit the other multiplier
-    layer.set_multiplier(settings["multiplier"])
-    for name in ("gradient", "mode", "engine"):
-        setattr(layer, name, settings[name])
+    for part in parts:
+        part.gradient = "ste"  # tables of its own may not fit the other multiplier
+        part.set_multiplier(settings["multiplier"])
+        for name in ("gradient", "mode", "engine"):
+            setattr(part, name, settings[name])
     return layer
 
 
@@ -185,6 +231,18 @@ def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> n
     return replacements.get(model, model)
 
 
+def _find_batchnorms(model: nn.Module, layers: Mapping[str, nn.Module], fold_batchnorm: Any) -> dict[str, str]:
+    """`find_batchnorms` by tracing for True, in a run for a batch, none for False."""
+    if isinstance(fold_batchnorm, bool):
+        return find_batchnorms(model, layers) if fold_batchnorm else {}
+
+    def run() -> Any:
+        with as_float(model):
+            return run_batch(model, fold_batchnorm)
+
+    return find_batchnorms(model, layers, run)
+
+
 def approximate(
     model: nn.Module,
     multiplier: Multiplier | str,
@@ -194,7 +252,7 @@ def approximate(
     first_last: str | None = None,
     quantization: Quantization | None = None,
     gradient: str | GradientTables = "ste",
-    fold_batchnorm: bool = False,
+    fold_batchnorm: Any = False,
     mode: str = "approximate",
     engine: str = "auto",
     inplace: bool = False,
@@ -204,7 +262,8 @@ def approximate(
     Parameters
     ----------
     model : torch.nn.Module
-        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced; a layer
+        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced, and the
+        attention of Hugging Face models computed by `approximate_attention`, under the name of its module; a layer
         used in several places stays shared, and hooks, buffers and attributes that were put on a layer stay on it.
         Layers that are approximate already are set anew, as if they were converted now; they stay calibrated unless
         operand formats or quantisation change. So converting twice is converting once.
@@ -223,9 +282,10 @@ def approximate(
         Of the new layers; by default chosen from the multiplier's operand formats.
     gradient : str or GradientTables
         Of the new layers: ``"ste"``, ``"lre"``, ``"smooth"`` or tables.
-    fold_batchnorm : bool
+    fold_batchnorm : bool or batch
         First make every batch normalisation that directly follows one of these layers part of it, as hardware for
-        inference has it. Which one follows which is found by `torch.fx`. They must be in eval mode.
+        inference has it. Which one follows which is found by `torch.fx`; for models that it cannot trace, by one run on
+        a batch as for `calibrate`. They must be in eval mode.
     mode, engine : str
         Of the new layers.
     inplace : bool
@@ -244,7 +304,6 @@ def approximate(
         attributes which the approximate layer needs, or a batch normalisation to fold that is in training mode, has
         hooks or is called by code that cannot be traced; the model is unchanged.
     """
-    check_flag("fold_batchnorm", fold_batchnorm)
     check_flag("inplace", inplace)
     default = _check_settings(
         "",
@@ -257,13 +316,14 @@ def approximate(
         },
     )
     choices = {} if per_layer is None else _check_per_layer(per_layer, default)
-    units = convertible_layers(model)
+    layers, attentions = convertible_layers(model), attention_modules(model)
+    units = {**layers, **attentions}
     if not units:
-        kinds = ", ".join(kind.__name__ for kind in LAYERS)
-        raise ValueError(f"model has no layer to convert: {kinds}")
-    ends, treatment = _ends(list(units), first_last)
+        raise ValueError(f"model has no layer to convert: {', '.join(kind.__name__ for kind in LAYERS)}")
+    ends, treatment = _ends(list(layers), first_last)
     left = set().union(*(matching(pattern, units, "skip") for pattern in _check_skip(skip)))
     chosen = {pattern: matching(pattern, units, "per_layer") for pattern in choices}
+    exact = {**default, "multiplier": exact_products(default["multiplier"])}
     settings = {}
     for name in units:
         named = next((pattern for pattern, found in chosen.items() if name in found), None)
@@ -272,12 +332,19 @@ def approximate(
         elif name not in ends or treatment == "approximate":
             settings[name] = default
         elif treatment == "quantized":
-            settings[name] = {**default, "multiplier": exact_products(default["multiplier"])}
+            settings[name] = exact
     settings = {name: own for name, own in settings.items() if name not in left}
-    for name in settings:
-        if not isinstance(units[name], ApproxLayer):
-            _check_convertible(name, units[name])
-    norms = find_batchnorms(model, {name: units[name] for name in settings}) if fold_batchnorm else {}
+    tried = set()
+    for name, own in settings.items():
+        if name in attentions:
+            check_attention(name, attentions[name])
+        elif not isinstance(layers[name], (ApproxLayer, ApproxComposite)):
+            _check_convertible(name, layers[name])
+        kind = Matmul if name in attentions else _kind(layers[name])
+        if kind is not None and (id(own), kind) not in tried:
+            _check_settings(f"layer {name!r}: ", own, kind)
+            tried.add((id(own), kind))
+    norms = _find_batchnorms(model, {name: layers[name] for name in settings if name in layers}, fold_batchnorm)
 
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())
@@ -286,11 +353,29 @@ def approximate(
         new[modules[norm]] = fold(modules[name], modules[norm])
     for name, own in settings.items():
         layer = modules[name]
-        if isinstance(layer, ApproxLayer):
+        if name in attentions:
+            layer = getattr(layer, ATTENTION_CHILD, None)
+        if layer is None:
+            approximate_attention(
+                model, {name: own["multiplier"]}, **{k: v for k, v in own.items() if k != "multiplier"}
+            )
+        elif isinstance(layer, (ApproxLayer, ApproxComposite)):
             new[layer] = _set_anew(layer, own)
         else:
             new[layer] = LAYERS[type(layer)].from_float(layer, **own)
-    return _replace(model, new)
+    return _nest(_replace(model, new))
+
+
+def _nest(model: nn.Module) -> nn.Module:
+    """Have transformer encoders make nested tensors, which only torch's fused layers take, or not; return the model."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            stock = vars(encoder).pop("_stock_use_nested_tensor", encoder.use_nested_tensor)
+            encoder.use_nested_tensor = stock
+            if any(isinstance(module, ApproxLayer) for module in encoder.modules()):
+                encoder._stock_use_nested_tensor = stock
+                encoder.use_nested_tensor = False
+    return model
 
 
 def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -316,7 +401,10 @@ def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     approx_layers(model)
     check_flag("inplace", inplace)
     model = model if inplace else copy.deepcopy(model)
-    return _replace(model, {layer: layer.to_float() for layer in approx_layers(model).values()})
+    restore_attention(model)
+    layers = convertible_layers(model).values()
+    converted = {layer: layer.to_float() for layer in layers if isinstance(layer, tuple(LAYERS.values()))}
+    return _nest(_replace(model, converted))
 
 
 def set_multiplier(
@@ -332,8 +420,8 @@ def set_multiplier(
     model : torch.nn.Module
         A converted model.
     multiplier : Multiplier, str or mapping
-        For every approximate layer; or by name, glob pattern or predicate for those that match, the first that matches
-        counting.
+        For every approximate layer; or by name (as of `approx_layers`), glob pattern or predicate for those that match,
+        the first that matches counting.
     first_last : str, optional
         As for `approximate`, of a multiplier for all: which of them get the exact products of its operand formats
         (``"quantized"``) or stay as they are (``"float"``).
@@ -359,10 +447,12 @@ def set_multiplier(
     else:
         chosen = dict.fromkeys(layers, as_multiplier(multiplier))
         ends, treatment = _ends(list(convertible_layers(model)), first_last)
-        for name in ends & chosen.keys() if treatment != "approximate" else ():
-            own = chosen.pop(name)
-            if treatment == "quantized":
-                chosen[name] = exact_products(own)
+        if treatment != "approximate":
+            inner = tuple(f"{name}." for name in ends)
+            for name in [name for name in layers if name in ends or name.startswith(inner)]:
+                own = chosen.pop(name)
+                if treatment == "quantized":
+                    chosen[name] = exact_products(own)
     for name, choice in chosen.items():
         try:
             layers[name].check_multiplier(choice)
@@ -420,19 +510,20 @@ def _first_tensor(batch: Any) -> Tensor | None:
     return next((tensor for tensor in map(_first_tensor, batch) if tensor is not None), None)
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
+def run_batch(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch as `calibrate` describes it, on the model's device."""
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     keywords = _keywords(model, batch) if isinstance(batch, Mapping) else None
     if keywords is not None:
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in keywords.items()})
-        return
+        return model(
+            **{key: value.to(device) if isinstance(value, Tensor) else value for key, value in keywords.items()}
+        )
     tensor = _first_tensor(batch)
     if tensor is None:
         raise ValueError(
             f"batches must yield tensors, or tuples, lists or dicts that hold one, got {type(batch).__name__}"
         )
-    model(tensor.to(device))
+    return model(tensor.to(device))
 
 
 @contextmanager

@@ -71,15 +71,14 @@ class ApproxMatmul(ApproxLayer, Matmul):
         b_codes, sb, zb, b_zero = self._quantize_activation("weight", b)
         table, depth = self.operation_table(), a.shape[-1]
         sums = torch.ops.approxconv.lut_matmul(a_codes, b_codes, table, engine=self.engine)
-        dtype = sum_dtype(4 * sum_bound(table, depth))
-        sums = sums.to(dtype)
+        sums = sums.to(sum_dtype(4 * sum_bound(table, depth)))
+        quantized = QuantizedWeight(b_codes, sb, zb, b_codes.sum(-1, dtype=torch.int64))
         if isinstance(a_zero, Tensor) or a_zero:
-            sums -= a_zero * (b_codes.sum(-1, dtype=dtype) - depth * b_zero).unsqueeze(-2)
+            sums -= (a_zero * (quantized.sums - depth * b_zero)).unsqueeze(-2)
         if isinstance(b_zero, Tensor) or b_zero:
-            sums -= b_zero * a_codes.sum(-1, keepdim=True, dtype=dtype)
+            sums -= b_zero * a_codes.sum(-1, keepdim=True, dtype=sums.dtype)
         scale = sa * sb
         if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, *self._operands())):
-            quantized = QuantizedWeight(b_codes, sb, zb, sums)
             output = self._recorded(a, b, sums, scale, a_codes, quantized, sa, za)
         else:
             output = rescaled(sums, scale)

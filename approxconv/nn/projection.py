@@ -19,9 +19,10 @@ class ApproxProjection(ApproxLinear):
     ----------
     owner : torch.nn.Module
         The module that holds the parameters; read anew whenever they are used.
-    weight, bias : (str, slice or None)
-        Name of the owner's parameter, ``(N, K)`` and ``(N,)`` or None, and its rows that belong to this product; None
-        are all.
+    weight : (str, slice or None)
+        Name of the owner's parameter ``(N, K)``, and its rows that belong to this product; None are all.
+    bias : (str, slice or None), optional
+        Of the owner's ``(N,)``, which may be None.
     **arguments
         `ApproxLayer`'s.
     """
@@ -30,7 +31,7 @@ class ApproxProjection(ApproxLinear):
         self,
         owner: nn.Module,
         weight: tuple[str, slice | None],
-        bias: tuple[str, slice | None],
+        bias: tuple[str, slice | None] | None = None,
         **arguments: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -51,7 +52,7 @@ class ApproxProjection(ApproxLinear):
     @property
     def bias(self) -> Tensor | None:
         """``(N,)``, the owner's, or None."""
-        return self._parameter(*self._bias)
+        return None if self._bias is None else self._parameter(*self._bias)
 
     def _operands(self) -> list[Tensor]:
         return [self.weight, *super()._operands()]

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .._display import Shown, html_table, printable, titled
 from ..engines import EngineError
-from ..multiplier import Multiplier
-from .convert import as_float, convertible_layers, exact_products, run_batch
+from ..figures import power_in_milliwatts
+from ..multiplier import Multiplier, check_table_shape
+from .composite import ApproxComposite
+from .convert import as_float, convertible_layers, run_batch
 from .layer import ApproxLayer, as_multiplier
 
 if TYPE_CHECKING:
@@ -196,13 +199,17 @@ def model_summary(model: nn.Module, input: Any = None, *, exact: Multiplier | st
     >>> summary.macs, summary[0].output_shape
     (13824, (1, 8, 8, 8))
     """
-    layers = convertible_layers(model)
+    convertible = convertible_layers(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ApproxLayer) or (name in convertible and not isinstance(module, ApproxComposite))
+    }
     if not layers:
         raise ValueError("model has no layer that is approximate or could be")
-    multipliers = {name: layer.multiplier for name, layer in layers.items() if isinstance(layer, ApproxLayer)}
     if exact is None:
-        known = (m.power for m in multipliers.values() if m.power is not None and m == exact_products(m))
-        exact_power = next(known, None)
+        powers = (_power(layer) for layer in layers.values() if isinstance(layer, ApproxLayer) and _is_exact(layer))
+        exact_power = next((power for power in powers if power is not None), None)
     else:
         exact_power = as_multiplier(exact).power
         if exact_power is None:
@@ -210,9 +217,7 @@ def model_summary(model: nn.Module, input: Any = None, *, exact: Multiplier | st
     calls: dict[str, list[tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]]] = {name: [] for name in layers}
     if input is not None:
         _watch(model, layers, input, calls)
-    rows = tuple(
-        _summarize(name, layer, multipliers.get(name), calls[name], exact_power) for name, layer in layers.items()
-    )
+    rows = tuple(_summarize(name, layer, calls[name], exact_power) for name, layer in layers.items())
     return ModelSummary(rows, exact_power)
 
 
@@ -241,7 +246,6 @@ def _watch(model: nn.Module, layers: dict[str, nn.Module], input: Any, calls: di
 def _summarize(
     name: str,
     layer: nn.Module,
-    multiplier: Multiplier | None,
     calls: list[tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]],
     exact_power: float | None,
 ) -> LayerSummary:
@@ -256,19 +260,36 @@ def _summarize(
         "output_shape": output,
         "macs": sum(macs) if macs and None not in macs else None,
     }
-    if multiplier is None:
+    if not isinstance(layer, ApproxLayer):
         return LayerSummary(**common, multiplier="", mode="float", engine="", power=None)
-    is_exact = layer.mode == "quantized" or multiplier == exact_products(multiplier)
-    power = exact_power if layer.mode == "quantized" else multiplier.power
-    if power is None and is_exact:
+    power = None
+    if layer.mode == "quantized":
         power = exact_power
+    elif layer.mode != "float":
+        power = _power(layer)
+        if power is None and _is_exact(layer):
+            power = exact_power
     return LayerSummary(
         **common,
-        multiplier=multiplier.name or "custom",
+        multiplier=layer.multiplier_name or "custom",
         mode=layer.mode,
         engine=_engine(layer, inputs),
-        power=None if layer.mode == "float" else power,
+        power=power,
     )
+
+
+def _power(layer: ApproxLayer) -> float | None:
+    """Of the multiplier whose table the layer holds, in mW."""
+    return power_in_milliwatts(layer.multiplier_info)
+
+
+def _is_exact(layer: ApproxLayer) -> bool:
+    """Whether the layer's table holds exact products; False where it holds no values."""
+    if layer.table.is_meta:
+        return False
+    signs = layer.activation_format.signed, layer.weight_format.signed
+    exact = Multiplier.exact(check_table_shape(layer.table), *signs)
+    return torch.equal(layer.table, exact.on(layer.table.device))
 
 
 def _macs(layer: nn.Module, inputs: tuple[tuple[int, ...], ...], output: tuple[int, ...]) -> int | None:

@@ -15,11 +15,13 @@ from approxconv.nn import (
     ApproxAttention,
     ApproxLinear,
     ApproxMultiheadAttention,
+    Attention,
     approximate_attention,
     attention_modules,
     restore_attention,
 )
 from approxconv.nn.attention import attention
+from approxconv.quantization import OperandQuantization, Quantization
 
 BATCH, LENGTH, SOURCE, EMBED, HEADS = 3, 4, 5, 6, 2
 # name: arguments of MultiheadAttention
@@ -306,6 +308,57 @@ def test_from_float_shares_parameters_and_leaves_the_stock_module_alone(hostile)
         layer.mode = "fast"
 
 
+@every_module
+def test_to_float_gives_torchs_module_back(name, hostile):
+    stock, inputs = make(name)
+    calls = []
+    stock.register_forward_hook(lambda *_: calls.append(1))
+    layer = ApproxMultiheadAttention.from_float(copy.deepcopy(stock), hostile())
+    back = layer.to_float()
+    assert type(back) is nn.MultiheadAttention
+    assert type(back.out_proj) is type(stock.out_proj)
+    assert vars(back).keys() == vars(stock).keys()
+    assert back.state_dict().keys() == stock.state_dict().keys()
+    assert torch.equal(back(*inputs)[0], stock(*inputs)[0])
+    assert calls == [1, 1]
+    again = ApproxMultiheadAttention.from_float(back, hostile())
+    assert again.state_dict().keys() == layer.state_dict().keys()
+
+
+@pytest.mark.parametrize("quantization", ["lsq", "moving", "bias"])
+def test_quantization_and_gradient_reach_every_product(quantization, truncated):
+    quantization = {
+        "lsq": Quantization(activation=OperandQuantization(range="lsq"), weight=OperandQuantization(range="lsq")),
+        "moving": Quantization(freeze=False),
+        "bias": Quantization(bias_bits=32),
+    }[quantization]
+    stock, inputs = make("plain")
+    layer = ApproxMultiheadAttention.from_float(stock, truncated, quantization=quantization, gradient="lre")
+    approxconv.calibrate(layer, [dict(zip(("query", "key", "value"), inputs, strict=True))])
+    for product in layer.products().values():
+        assert product.quantization == quantization
+        assert product.gradient == "lre"
+    layer.train()(*inputs)[0].square().sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.count_nonzero() > 0
+
+
+@pytest.mark.slow
+def test_traced(hostile):
+    stock, inputs = make("everything")
+    layer = convert(stock, hostile(), inputs)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        output = run(*inputs)[0]
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    exported = torch.export.export(layer, tuple(inputs)).module()
+    assert torch.equal(exported(*inputs)[0], layer(*inputs)[0])
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_fused_encoder_layer_does_not_bypass_it(norm_first, hostile):
     torch.manual_seed(0)
@@ -325,14 +378,19 @@ def test_fused_encoder_layer_does_not_bypass_it(norm_first, hostile):
         assert not torch.allclose(encoder(x), expected, atol=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused(hostile):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 8, batch_first=True)
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, 8, batch_first=True, dropout=0)
     layer.self_attn = ApproxMultiheadAttention.from_float(layer.self_attn, hostile(), mode="float")
     encoder = nn.TransformerEncoder(layer, 1).eval()
     x, padding = torch.randn(1, LENGTH, EMBED), torch.tensor([[False] * (LENGTH - 1) + [True]])
-    with torch.no_grad(), pytest.raises(ValueError, match="enable_nested_tensor"):
-        encoder(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="use_nested_tensor = False"):
+            encoder(x, src_key_padding_mask=padding)
+        encoder.use_nested_tensor = False
+        output = encoder(x, src_key_padding_mask=padding)
+    assert_close(output, encoder.train()(x, src_key_padding_mask=padding))
 
 
 def test_bad_shapes(hostile):
@@ -391,6 +449,10 @@ def test_attention_is_torchs():
             assert_close(output, expected)
             assert weights.shape == (2, 4, 3, 6)
             assert torch.equal(weights[0, :, 1], torch.zeros(4, 6)) or mask is not boolean
+            module = ApproxAttention(multiplier=Multiplier.exact(), mode="float")
+            for same in (module, module.to_float()):
+                assert torch.equal(same(query, key, value, mask, scale=scale)[0], output)
+            assert type(module.to_float()) is Attention
 
 
 # Hugging Face
@@ -426,6 +488,10 @@ def hugging_face(name, implementation="eager"):
         )
         model = transformers.T5Model(config)
         inputs = {"input_ids": tokens, "attention_mask": padded, "decoder_input_ids": tokens[:, :5]}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)  # so that scores differ
     if name != "gemma2":  # which knows no other
         model.set_attn_implementation(implementation)
     return model.eval(), inputs
@@ -490,8 +556,11 @@ def test_copies_of_a_converted_model(hostile):
     approxconv.calibrate(model, [inputs])
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(copied(**inputs).last_hidden_state, expected)
+        for duplicate in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+            from transformers import AttentionInterface
+
+            del AttentionInterface._global_mapping["approxconv"]  # as in another process
+            assert torch.equal(duplicate(model)(**inputs).last_hidden_state, expected)
 
 
 def test_hugging_face_training(hostile):
@@ -504,6 +573,16 @@ def test_hugging_face_training(hostile):
         for parameter in module.parameters():
             assert parameter.grad.count_nonzero() > 0
             assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.slow
+def test_hugging_face_traced(hostile):
+    model, inputs = hugging_face("bert")
+    approximate_attention(model, hostile())
+    approxconv.calibrate(model, [inputs])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
 def test_models_without_attention_are_left_alone(hostile):

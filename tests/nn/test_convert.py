@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import approxconv
 from approxconv import Multiplier
-from approxconv.nn import ApproxConv2d, ApproxLayer, ApproxLinear, approx_layers
+from approxconv.nn import ApproxAttention, ApproxConv2d, ApproxLayer, ApproxLinear, Attention, Matmul, approx_layers
+from approxconv.quantization import OperandQuantization, Quantization
 
 
 class Separable(nn.Module):
@@ -177,10 +178,12 @@ class Own(nn.Linear):
     pass
 
 
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
 def test_subclasses_are_left_alone(exact):
-    model = nn.Sequential(
-        nn.Linear(8, 8), Own(8, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(1, 1, 3), nn.ConvTranspose2d(1, 1, 3)
-    )
+    model = nn.Sequential(nn.Linear(8, 8), Own(8, 8), OwnAttention(8, 2), nn.Bilinear(2, 2, 2))
     before = fingerprint(model)
     converted = approxconv.approximate(model, exact)
     assert names_converted(converted) == ["0"]
@@ -413,6 +416,7 @@ def test_skip_wins_over_per_layer(net, exact, hostile):
     ("arguments", "named"),
     [
         ({"skip": ["nothing"]}, "nothing"),
+        ({"skip": 3}, "skip.*got 3"),
         ({"skip": ["head", "stem"]}, "stem"),
         ({"per_layer": {"blocks": "exact"}}, "blocks|exact"),
         ({"per_layer": {"heads.*": Multiplier.exact()}}, "heads"),
@@ -425,6 +429,16 @@ def test_skip_wins_over_per_layer(net, exact, hostile):
         ({"first_last": "exact"}, "first_last.*exact"),
         ({"mode": "quantised"}, "quantised"),
         ({"engine": "abacus"}, "abacus"),
+        ({"gradient": "steepest"}, "steepest"),
+        ({"quantization": 8}, "quantization.*int"),
+        ({"fold_batchnorm": "yes"}, "tensors.*got str"),
+        ({"fold_batchnorm": True}, r"'stem\.norm' must be in eval mode"),
+        ({"per_layer": {"head": {"bits": 4}}}, r"per_layer\['head'\].*'bits'"),
+        ({"per_layer": {"head": {"mode": "exact"}}}, r"per_layer\['head'\].*exact"),
+        (
+            {"quantization": Quantization(activation=OperandQuantization(scheme="symmetric"))},
+            "activation scheme 'symmetric'",
+        ),
     ],
     ids=str,
 )
@@ -442,7 +456,7 @@ def test_unmatched_pattern_lists_what_there_is(net, exact):
 
 def test_nothing_to_convert(exact):
     for model in (nn.ReLU(), nn.Sequential(), nn.Sequential(nn.BatchNorm1d(3))):
-        with pytest.raises(ValueError, match="Conv2d or Linear"):
+        with pytest.raises(ValueError, match=r"no layer to convert: .*Conv2d, .*Linear"):
             approxconv.approximate(model, exact)
 
 
@@ -483,20 +497,298 @@ def test_a_single_layer_is_first_and_last(first_last, hostile):
         assert model[0].multiplier == Multiplier.exact()
 
 
-def test_converting_again_takes_only_what_is_left(net, images, hostile):
-    first, second = hostile(seed=1), hostile(seed=2)
-    model = approxconv.calibrate(approxconv.approximate(net, first, skip=["head"]), [images])
-    again = approxconv.approximate(model, second)
-    assert names_converted(again) == LAYERS
-    for name, layer in approx_layers(again).items():
-        assert layer.multiplier == (second if name == "head" else first)
-        assert layer.calibrated.item() == (name != "head")
-    assert names_converted(model) == LAYERS[:-1]
+def multipliers(model):
+    return [layer.multiplier for layer in approx_layers(model).values()]
 
-    before = fingerprint(again)
-    with pytest.raises(ValueError, match="Conv2d or Linear"):
-        approxconv.approximate(again, first, inplace=True)
-    assert fingerprint(again) == before
+
+def test_first_and_last_are_exact_by_default_if_there_are_others(net, exact, hostile):
+    assert multipliers(approxconv.approximate(net, hostile())) == [exact, *[hostile()] * 4, exact]
+    assert multipliers(approxconv.approximate(net, hostile(), skip=["stem.conv"])) == [*[hostile()] * 4, exact]
+    three = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    assert multipliers(approxconv.approximate(three, hostile())) == [exact, hostile(), exact]
+    assert multipliers(approxconv.approximate(three[:2], hostile())) == [hostile()] * 2
+    assert multipliers(approxconv.approximate(three[0], hostile())) == [hostile()]
+
+
+@pytest.mark.parametrize("first_last", [None, "quantized", "float", "approximate"])
+def test_per_layer_wins_over_first_last(net, first_last, hostile):
+    first, rest = hostile(seed=1), hostile(seed=2)
+    model = approxconv.approximate(net, rest, per_layer={"stem.*": first, "head": "drum6_8u"}, first_last=first_last)
+    assert multipliers(model) == [first, *[rest] * 4, approxconv.get_multiplier("drum6_8u")]
+
+
+def is_depthwise(name, layer):
+    return getattr(layer, "groups", 1) > 1
+
+
+def test_predicates(net, exact, hostile):
+    deep = [name for name in LAYERS if name.endswith("depthwise")]
+    model = approxconv.approximate(net, exact, skip=is_depthwise)
+    assert names_converted(model) == [name for name in LAYERS if name not in deep]
+    assert names_converted(approxconv.approximate(net, exact, skip=[is_depthwise, "head"])) == [
+        name for name in LAYERS[:-1] if name not in deep
+    ]
+    model = approxconv.approximate(net, exact, per_layer={is_depthwise: hostile(), lambda *_: True: "drum6_8u"})
+    assert [m == hostile() for m in multipliers(model)] == [name in deep for name in LAYERS]
+    # A recipe for many models may find nothing in one of them.
+    assert names_converted(approxconv.approximate(net, exact, skip=lambda *_: False)) == LAYERS
+
+
+def test_settings_of_some_layers(net, images, exact, hostile):
+    narrow = Quantization(weight=OperandQuantization(narrow_range=True))
+    model = approxconv.approximate(
+        net,
+        exact,
+        quantization=narrow,
+        gradient="lre",
+        per_layer={
+            "blocks.0.*": {"mode": "quantized", "gradient": "ste"},
+            "*.pointwise": {"multiplier": hostile(), "engine": "reference", "quantization": None},
+        },
+    )
+    layers = approx_layers(model)
+    assert [layer.mode for layer in layers.values()] == ["approximate", *["quantized"] * 2, *["approximate"] * 3]
+    assert [layer.gradient for layer in layers.values()] == ["lre", "ste", "ste", "lre", "lre", "lre"]
+    assert [layer.engine for layer in layers.values()] == [*["auto"] * 4, "reference", "auto"]
+    assert [layer.quantization == narrow for layer in layers.values()] == [True, True, True, True, False, True]
+    assert multipliers(model) == [exact, exact, exact, exact, hostile(), exact]
+    approxconv.calibrate(model, [images])(images).sum().backward()
+
+
+# Converting again
+
+
+def everything(net, images, multiplier, **arguments):
+    return approxconv.calibrate(approxconv.approximate(net, multiplier, **arguments), [images])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_converting_twice_is_converting_once(net, images, inplace, hostile):
+    arguments = {
+        "skip": ["blocks.0.depthwise"],
+        "per_layer": {"*.pointwise": {"multiplier": "drum6_8u_8s", "gradient": "lre"}},
+        "quantization": Quantization(activation=OperandQuantization(range="moving_average")),
+        "fold_batchnorm": True,
+    }
+    once = everything(net.eval(), images, hostile(), **arguments)
+    before, text, state = fingerprint(once), str(once), copy.deepcopy(once.state_dict())
+    twice = approxconv.approximate(once, hostile(), **arguments, inplace=inplace)
+    assert (twice is once) == inplace
+    assert fingerprint(once) == before
+    assert str(twice) == text
+    assert twice.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in twice.state_dict().items())
+    assert torch.equal(twice(images), once(images))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_converting_again_sets_anew(net, images, bits, hostile):
+    model = everything(net.eval(), images, hostile(), skip=["head"], mode="quantized", gradient="lre")
+    again = approxconv.approximate(model, hostile(bits, True, seed=2), engine="reference")
+    assert names_converted(model) == LAYERS[:-1]
+    assert not again.head.calibrated
+    approxconv.calibrate(again.head, [torch.rand(3, 8)])
+    fresh = everything(net, images, hostile(bits, True, seed=2), engine="reference")
+    approxconv.calibrate(fresh.head, [torch.rand(3, 8)])
+    for name, layer in approx_layers(again).items():
+        assert str(layer).split("\n")[1] == str(fresh.get_submodule(name)).split("\n")[1]
+        assert layer.calibrated
+    fresh.head.load_state_dict(again.head.state_dict())
+    assert torch.equal(again(images), fresh(images))
+
+
+def test_other_quantization_needs_calibration(net, images, exact):
+    model = everything(net.eval(), images, exact)
+    other = Quantization(activation=OperandQuantization(bits=5))
+    again = approxconv.approximate(model, exact, quantization=other, per_layer={"head": {"quantization": None}})
+    assert [bool(layer.calibrated) for layer in approx_layers(again).values()] == [*[False] * 5, True]
+    assert {layer.activation_format.bits for name, layer in approx_layers(again).items() if name != "head"} == {5}
+    approxconv.calibrate(again, [images])
+    assert torch.equal(again(images), everything(net, images, exact, quantization=other, per_layer={
+        "head": {"quantization": None}
+    })(images))  # fmt: skip
+
+
+def test_skipped_layers_stay_as_they_are(net, images, exact, hostile):
+    model = everything(net, images, hostile())
+    again = approxconv.approximate(model, exact, skip=["blocks.*"])
+    assert multipliers(again) == [exact, *[hostile()] * 4, exact]
+
+
+# Back to float
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_back_to_float(net, images, inplace, hostile):
+    net.eval()
+    before, expected = fingerprint(net), net(images)
+    model = everything(net, images, hostile())
+    parameters, state = dict(model.named_parameters()), str(model)
+    stock = approxconv.to_float(model, inplace=inplace)
+    assert (stock is model) == inplace
+    assert [(type(m), m.training) for m in stock.modules()] == [own[1:] for own in before.values()]
+    assert str(stock) == str(net)
+    assert torch.equal(stock(images), expected)
+    assert stock.state_dict().keys() == net.state_dict().keys()
+    if inplace:
+        assert all(parameters[name] is parameter for name, parameter in stock.named_parameters())
+    else:
+        assert str(model) == state
+        assert not {t.data_ptr() for t in stock.parameters()} & {t.data_ptr() for t in model.parameters()}
+    again = everything(stock, images, hostile())
+    assert torch.equal(again(images), everything(net, images, hostile())(images))
+
+
+def test_back_to_float_keeps_what_is_shared_and_hooks(exact):
+    stock = Twice()
+    seen = []
+    handle = stock.own.register_forward_hook(lambda module, *_: seen.append(module))
+    model = approxconv.to_float(approxconv.approximate(stock, exact, inplace=True), inplace=True)
+    assert model.a[0] is model.b[0]
+    assert type(model.a[0]) is nn.Linear
+    model(torch.rand(1, 4))
+    assert seen == [model.own]
+    assert not model.own._forward_pre_hooks
+    handle.remove()
+    assert not model.own._forward_hooks
+
+
+def test_the_root_itself_back_to_float(exact):
+    stock = nn.Linear(3, 2)
+    layer = approxconv.to_float(approxconv.approximate(stock, exact))
+    assert type(layer) is nn.Linear
+    assert vars(layer).keys() == vars(stock).keys()
+
+
+def test_back_to_float_without_approximate_layers(net):
+    for model, message in ((net, "no approximate layers"), ("net", "got str")):
+        with pytest.raises(ValueError, match=message):
+            approxconv.to_float(model)
+
+
+# Composites
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm, self.gru, self.product = nn.LSTMCell(8, 6), nn.GRUCell(6, 8), Matmul()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.attention(*[self.inner(x)] * 3)[0]
+        x = self.gru(self.lstm(x.mean(1))[0])
+        return self.head(self.product(x, x.mT @ x))
+
+
+def test_modules_of_several_products(hostile):
+    torch.manual_seed(0)
+    stock, x = Mixed().eval(), torch.randn(3, 4, 8)
+    model = everything(stock, x, hostile(), fold_batchnorm=True)
+    assert names_converted(model) == [
+        "inner", "attention.out_proj", "attention.q_proj", "attention.k_proj", "attention.v_proj",
+        "attention.attention.qk", "attention.attention.av", "lstm.ih", "lstm.hh", "gru.ih", "gru.hh", "product", "head",
+    ]  # fmt: skip
+    assert multipliers(model) == [Multiplier.exact(), *[hostile()] * 11, Multiplier.exact()]
+    again = approxconv.approximate(model, hostile(), fold_batchnorm=True)
+    assert torch.equal(again(x), model(x))
+    other = approxconv.set_multiplier(copy.deepcopy(model), hostile(seed=1))
+    assert torch.equal(other(x), everything(stock, x, hostile(seed=1))(x))
+    finer = approxconv.approximate(model, hostile(), quantization=Quantization(activation=OperandQuantization(bits=7)))
+    assert {layer.activation_format.bits for layer in approx_layers(finer).values()} == {7}
+    back = approxconv.to_float(model)
+    assert str(back) == str(stock)
+    assert torch.equal(back(x), stock(x))
+    left = approxconv.approximate(stock, hostile(), skip=["attention", "*u"])
+    assert [type(m) for m in (left.attention, left.gru)] == [nn.MultiheadAttention, nn.GRUCell]
+
+
+def test_a_composite_at_the_end_is_exact_as_a_whole(exact, hostile):
+    stock = nn.Sequential(nn.LSTMCell(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 1))
+    model = approxconv.approximate(stock, hostile())
+    assert multipliers(model) == [exact, exact, hostile(), *[exact] * 6]
+    assert multipliers(approxconv.approximate(model, hostile(seed=1))) == [exact, exact, hostile(seed=1), *[exact] * 6]
+    assert multipliers(approxconv.set_multiplier(model, hostile(seed=2))) == [
+        exact, exact, hostile(seed=2), *[exact] * 6
+    ]  # fmt: skip
+
+
+def test_attention_made_approximate_goes_back_to_plain_products(hostile):
+    model = nn.ModuleDict({"attention": ApproxAttention(multiplier="drum6_8u_8s"), "fc": nn.Linear(2, 2)})
+    model = approxconv.approximate(model, hostile())
+    assert multipliers(model) == [hostile()] * 3
+    back = approxconv.to_float(model)
+    assert [type(module) for module in back.values()] == [Attention, nn.Linear]
+
+
+def test_a_derived_weight_inside_is_named(exact):
+    stock = nn.Sequential(nn.MultiheadAttention(4, 1))
+    parametrizations.weight_norm(stock[0].out_proj)
+    with pytest.raises(ValueError, match=r"'0\.out_proj'.*remove_parametrizations"):
+        approxconv.approximate(stock, exact)
+    prune.l1_unstructured(stock[0], "in_proj_weight", 0.5)
+    with pytest.raises(ValueError, match=r"'0'.*prune\.remove\(layer, 'in_proj_weight'\)"):
+        approxconv.approximate(stock, exact)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_parts_are_left_alone(exact):
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())), nn.Linear(2, 2))
+    assert names_converted(approxconv.approximate(model, exact, inplace=True)) == ["1"]
+
+
+# Other tables
+
+
+def test_set_multiplier_moves_no_weight(net, images, hostile):
+    model = everything(net.eval(), images, hostile())
+    before = {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()}
+    for seed in (1, 2, 0):
+        assert approxconv.set_multiplier(model, hostile(seed=seed)) is model
+        assert torch.equal(model(images), everything(net, images, hostile(seed=seed))(images))
+    approxconv.set_multiplier(model, hostile(4, True))
+    assert torch.equal(model(images), everything(net, images, hostile(4, True))(images))
+    assert {name: (id(p), p.data_ptr(), p._version) for name, p in model.named_parameters()} == before
+
+
+def test_set_multiplier_of_some(net, exact, hostile):
+    first, second = hostile(seed=1), hostile(seed=2)
+    model = approxconv.approximate(net, exact)
+    approxconv.set_multiplier(model, {"blocks.0.*": first, is_depthwise: second, "head": "drum6_8u"})
+    assert multipliers(model) == [exact, first, first, second, exact, approxconv.get_multiplier("drum6_8u")]
+    approxconv.set_multiplier(model, second, first_last="float")
+    assert multipliers(model) == [exact, *[second] * 4, approxconv.get_multiplier("drum6_8u")]
+    approxconv.set_multiplier(model, first, first_last="approximate")
+    assert multipliers(model) == [first] * 6
+    approxconv.set_multiplier(model, second)
+    assert multipliers(model) == [exact, *[second] * 4, exact]
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "named"),
+    [
+        ("no_such_circuit", "no_such_circuit"),
+        (3, "got int"),
+        ({"head": 3}, "got int"),
+        ({"heads": "drum6_8u_8s"}, "heads.*stem.conv"),
+        ({3: "drum6_8u_8s"}, "got 3"),
+        ({"stem.conv": "drum6_8u_8s", "blocks.1.*": "drum4_8u"}, r"'blocks\.1\.pointwise'.*symmetric"),
+    ],
+    ids=str,
+)
+def test_set_multiplier_is_all_or_nothing(net, multiplier, named, exact):
+    symmetric = {"quantization": Quantization(weight=OperandQuantization(scheme="symmetric"))}
+    model = approxconv.approximate(net, exact, per_layer={"blocks.1.pointwise": symmetric})
+    with pytest.raises(ValueError, match=named):
+        approxconv.set_multiplier(model, multiplier)
+    assert multipliers(model) == [exact] * 6
+
+
+def test_set_multiplier_of_a_stock_model(net, exact):
+    with pytest.raises(ValueError, match="no approximate layers"):
+        approxconv.set_multiplier(net, exact)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -855,3 +1147,40 @@ def test_retraining_lowers_the_loss(trained, optimizer, lr):
         assert not torch.equal(layer.weight, start[f"{name}.weight"])
         for kept in ("table", "activation_scale", "activation_zero_point"):
             assert torch.equal(getattr(layer, kept), start[f"{name}.{kept}"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_transformer_encoder_makes_no_nested_tensors_while_it_is_approximate():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    converted = approxconv.approximate(encoder, Multiplier.exact(8, True, True))
+    approxconv.calibrate(converted, [{"src": x, "src_key_padding_mask": padding}])
+    with torch.no_grad():
+        output, expected = converted(x, src_key_padding_mask=padding), encoder(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(output[~padding], expected[~padding], rtol=0.1, atol=0.1)
+    assert not approxconv.approximate(converted, Multiplier.exact(8, True, True)).use_nested_tensor
+    assert vars(approxconv.nn.to_float(converted)).keys() == vars(encoder).keys()
+    assert approxconv.nn.to_float(converted).use_nested_tensor
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_convert_and_come_back(kind):
+    stock = kind(3, 4, num_layers=2, bias=False)
+    converted = approxconv.approximate(stock, Multiplier.exact(8, True, True), mode="float")
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(converted(x)[0], stock(x)[0])
+    assert torch.equal(approxconv.nn.to_float(converted)(x)[0], stock(x)[0])
+    del stock.weight_hh_l1
+    with pytest.raises(ValueError, match="weight_hh_l1 as a parameter"):
+        approxconv.approximate(stock, Multiplier.exact(8, True, True))
+
+
+def test_attention_modules_convert_and_come_back():
+    query = torch.randn(2, 4, 3)
+    stock = approxconv.nn.Attention()
+    converted = approxconv.approximate(stock, Multiplier.exact(8, True, True), mode="float")
+    assert type(converted) is approxconv.nn.ApproxAttention
+    back = approxconv.nn.to_float(converted)
+    assert type(back) is approxconv.nn.Attention
+    assert torch.equal(back(query, query, query)[0], stock(query, query, query)[0])

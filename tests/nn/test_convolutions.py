@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import approxconv
 import approxconv.nn
 from approxconv import Multiplier
+from approxconv.gradients import GradientTables
+from approxconv.quantization import OperandQuantization, Quantization
 
 # name: (class, arguments, input size). "plain" ones have batch = channels = filters = all sizes.
 CASES = {
@@ -200,55 +202,65 @@ def positions(sizes):
     return itertools.product(*map(range, sizes))
 
 
+def products(stock, x_shape, y_shape):
+    """Which products are computed: where in y each is added, and of what in padded x and in the filters it is.
+
+    Nothing but the definitions: a convolution goes through its outputs, a transposed one through its inputs.
+    """
+    per_group, inside = stock.out_channels // stock.groups, stock.in_channels // stock.groups
+    geometry = stock.stride, stock.dilation
+    starts = positions(x_shape[2:]) if is_transposed(stock) else positions(y_shape[2:])
+    everything = itertools.product(
+        range(x_shape[0]), range(stock.out_channels), range(inside), starts, positions(stock.kernel_size)
+    )
+    for b, o, c, start, tap in everything:
+        end = tuple(n * s + t * d for n, t, s, d in zip(start, tap, *geometry, strict=True))
+        if is_transposed(stock):
+            end = tuple(n - p for n, p in zip(end, stock.padding, strict=True))
+            if not all(0 <= n < size for n, size in zip(end, y_shape[2:], strict=True)):
+                continue
+        x_at, y_at = (start, end) if is_transposed(stock) else (end, start)
+        yield (b, o, *y_at), (b, o // per_group * inside + c, *x_at), (o, c, *tap)
+
+
+def padded(stock, x, value):
+    if is_transposed(stock):
+        return x
+    pads, mode = stock._reversed_padding_repeated_twice, stock.padding_mode
+    return F.pad(x, pads, value=value) if mode == "zeros" else F.pad(x, pads, mode=mode)
+
+
+def codes_of(stock, layer, multiplier, x):
+    """Padded codes of x and those of the filters, and their zero points."""
+    zx, zw = int(layer.activation_zero_point), layer.weight_zero_point
+    column = (-1, *[1] * (stock.weight.ndim - 1))
+    xq = (x.detach() * (1 / layer.activation_scale)).round().add(zx).clamp(*multiplier.a_range)
+    wq = filters(stock, stock.weight.detach()) * (1 / layer.weight_scale).view(column)
+    wq = wq.round().add(zw.view(column)).clamp(*multiplier.w_range)
+    return padded(stock, xq, zx).long().numpy(), wq.long().numpy(), zx, zw.tolist()
+
+
 def oracle(stock, layer, multiplier, x):
     """Product by product, in Python's integers."""
-    sx, zx = layer.activation_scale.double(), int(layer.activation_zero_point)
-    sw, zw = layer.weight_scale.double(), layer.weight_zero_point.tolist()
-    (a_low, a_high), (w_low, w_high) = multiplier.a_range, multiplier.w_range
-    column = (-1, *[1] * (stock.weight.ndim - 1))
-    xq = (x * (1 / layer.activation_scale)).round().add(zx).clamp(a_low, a_high)
-    wq = filters(stock, stock.weight.detach()) * (1 / layer.weight_scale).view(column)
-    wq = wq.round().add(layer.weight_zero_point.view(column)).clamp(w_low, w_high).long().numpy()
-    table = multiplier.table.long().numpy()
-
-    def product(a, w, o):
-        found = table[a % 2**multiplier.a_bits, w % 2**multiplier.w_bits]
-        return int(found) - zx * int(w) - zw[o] * int(a) + zx * zw[o]
-
+    xq, wq, zx, zw = codes_of(stock, layer, multiplier, x)
+    table = multiplier.table.tolist()
+    a_codes, w_codes = 2**multiplier.a_bits, 2**multiplier.w_bits
     with torch.no_grad():
-        expected = stock(x)
-    y = np.zeros(expected.shape, dtype=object)
-    geometry = stock.kernel_size, stock.stride, stock.dilation
-    per_group = stock.out_channels // stock.groups
-    inside = stock.in_channels // stock.groups
-    if is_transposed(stock):
-        codes = xq.long().numpy()
-        for b, o, c, i in itertools.product(range(len(x)), range(len(wq)), range(inside), positions(x.shape[2:])):
-            for tap in positions(stock.kernel_size):
-                at = tuple(
-                    n * s + t * d - p for n, t, s, d, p in zip(i, tap, *geometry[1:], stock.padding, strict=True)
-                )
-                if all(0 <= n < size for n, size in zip(at, y.shape[2:], strict=True)):
-                    y[(b, o, *at)] += product(codes[(b, o // per_group * inside + c, *i)], wq[(o, c, *tap)], o)
-    else:
-        pads = stock._reversed_padding_repeated_twice
-        if stock.padding_mode == "zeros":
-            codes = F.pad(xq, pads, value=zx).long().numpy()
-        else:
-            codes = F.pad(xq, pads, mode=stock.padding_mode).long().numpy()
-        for b, o, at in itertools.product(range(len(x)), range(len(wq)), positions(y.shape[2:])):
-            for c, tap in itertools.product(range(inside), positions(stock.kernel_size)):
-                i = tuple(n * s + t * d for n, t, s, d in zip(at, tap, *geometry[1:], strict=True))
-                y[(b, o, *at)] += product(codes[(b, o // per_group * inside + c, *i)], wq[(o, c, *tap)], o)
-    y = torch.from_numpy(y.astype(np.float64)) * (sx * sw).view(column[:-1])
-    return y if stock.bias is None else y + stock.bias.detach().double().view(column[:-1])
+        y = np.zeros(stock(x).shape, dtype=object)
+    for at, i, k in products(stock, x.shape, y.shape):
+        a, w = int(xq[i]), int(wq[k])
+        y[at] += table[a % a_codes][w % w_codes] - zx * w - zw[k[0]] * a + zx * zw[k[0]]
+    column = (-1, *[1] * (y.ndim - 2))
+    y = torch.from_numpy(y.astype(np.float64))
+    y = y * (layer.activation_scale.double() * layer.weight_scale.double()).view(column)
+    return y if stock.bias is None else y + stock.bias.detach().double().view(column)
 
 
-def assert_same(got, expected):
-    """Equal but for the rounding of a few float32 operations."""
+def assert_same(got, expected, tolerance=3e-6):
+    """Equal but for the rounding of float32 operations."""
     assert got.shape == expected.shape
-    tolerance = 3e-6 * (1 + expected.abs().max().item())
-    torch.testing.assert_close(got.double(), expected.double(), rtol=3e-6, atol=tolerance)
+    scale = 1 + expected.abs().max().item()
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance * scale)
 
 
 @every_layer
@@ -287,9 +299,9 @@ def test_narrow_operands(name, bits, a_signed, w_signed, hostile):
 
 
 @every_layer
-@signedness
-def test_gradient_is_the_twin_s(name, a_signed, w_signed):
-    multiplier = Multiplier.exact(8, a_signed, w_signed)
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradient_is_the_twin_s(name, signed):
+    multiplier = Multiplier.exact(8, signed, signed)
     stock, batch, x = make(name)
     layer = convert(stock, multiplier, batch)
     x.requires_grad_()
@@ -475,6 +487,114 @@ def test_scales_are_per_output_channel(name):
         assert torch.equal(channel, y[0] * power)
 
 
+@pytest.mark.parametrize(
+    "name", ["1d-odd", "3d-odd", "3d-depthwise", "t1d-odd", "t2d-odd", "t2d-upsampling", "t3d-odd"]
+)
+@pytest.mark.parametrize("w_signed", [False, True])
+def test_gradient_by_slopes_is_the_sum_over_products(name, w_signed, hostile):
+    """``Σ grad·sw·(D_a[xq, wq] − zw)`` and ``Σ grad·sx·(D_w[xq, wq] − zx)``, where operands were not clipped."""
+    multiplier = hostile(4, False, w_signed, largest=300)
+    generator = torch.Generator().manual_seed(5)
+    slopes = [torch.randn(16, 16, generator=generator) for _ in range(2)]
+    stock, batch, x = make(name)
+    layer = convert(stock, multiplier, batch)
+    layer.gradient = GradientTables(*slopes)
+    x.requires_grad_()
+    y = layer(x)
+    grad = torch.randn(y.shape, generator=generator)
+    y.backward(grad)
+
+    xq, wq, zx, zw = codes_of(stock, layer, multiplier, x)
+    sx, sw = layer.activation_scale.item(), layer.weight_scale.tolist()
+    by_a, by_w = (table.tolist() for table in slopes)
+    grad_x, grad_w, grad = np.zeros(xq.shape), np.zeros(wq.shape), grad.numpy().astype(np.float64)
+    for at, i, k in products(stock, x.shape, y.shape):
+        a, w, o = xq[i] % 16, wq[k] % 16, k[0]
+        grad_x[i] += grad[at] * sw[o] * (by_a[a][w] - zw[o])
+        grad_w[k] += grad[at] * sx * (by_w[a][w] - zx)
+    if not is_transposed(stock):
+        inside = (slice(p, p + n) for p, n in zip(stock.padding, x.shape[2:], strict=True))
+        grad_x = grad_x[(slice(None), slice(None), *inside)]
+    unclipped = []
+    for operand, scale, zero_point, ends in (
+        (x, layer.activation_scale, layer.activation_zero_point, multiplier.a_range),
+        (filters(stock, layer.weight), layer.weight_scale, layer.weight_zero_point, multiplier.w_range),
+    ):
+        operand = operand.detach().requires_grad_()
+        faked = (
+            torch.fake_quantize_per_channel_affine(operand, scale, zero_point, 0, *ends)
+            if scale.ndim
+            else (torch.fake_quantize_per_tensor_affine(operand, scale, zero_point, *ends))
+        )
+        unclipped.append(torch.autograd.grad(faked.sum(), operand)[0])
+    assert not unclipped[0].all()
+    assert_same(x.grad, torch.from_numpy(grad_x) * unclipped[0], 1e-4)
+    assert_same(filters(stock, layer.weight.grad), torch.from_numpy(grad_w) * unclipped[1], 1e-4)
+
+
+@every_layer
+def test_noise_of_a_constant_error_is_the_table_s(name):
+    """With no variance it is the mean times the number of products of a sum, which of a transposed one varies."""
+    multiplier = Multiplier.from_function(lambda a, w: a * w + 5, a_signed=False, w_signed=False)
+    stock, batch, x = make(name)
+    layer = convert(stock, multiplier, batch)
+    expected = layer(x)
+    assert_same(approxconv.set_mode(layer, "noise")(x), expected)
+    assert not torch.allclose(approxconv.set_mode(layer, "quantized")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "w_signed"),
+    [
+        ("3d-depthwise", True),
+        ("t1d-odd", False),
+        *[pytest.param(name, False, marks=pytest.mark.slow) for name in ("1d-odd", "3d-odd", "3d-circular", "t2d-odd")],
+    ],
+)
+def test_compiled_and_exported(name, w_signed, hostile):
+    """In one graph, of which the zero points are inputs."""
+    stock, batch, x = make(name)
+    layer = convert(stock, hostile(8, False, w_signed), batch)
+    expected = layer(x.requires_grad_())
+    wanted = torch.autograd.grad(expected.sum(), (x, layer.weight))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert torch.equal(y, expected)
+    for got, known in zip(torch.autograd.grad(y.sum(), (x, layer.weight)), wanted, strict=True):
+        torch.testing.assert_close(got, known)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(layer, (x.detach(),)).module()(x), expected)
+        layer.activation_zero_point += 7
+        assert torch.equal(compiled(x), layer(x))
+
+
+QUANTIZATIONS = {
+    "weight_per_tensor": Quantization(weight=OperandQuantization(granularity="per_tensor")),
+    "learned": Quantization(OperandQuantization(range="lsq"), OperandQuantization(range="lsq")),
+    "few_bits_and_bias": Quantization(OperandQuantization(bits=5), OperandQuantization(bits=3), bias_bits=32),
+}
+
+
+@some_layers
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_quantisation(name, quantization, hostile):
+    stock, batch, x = make(name)
+    chosen = QUANTIZATIONS[quantization]
+    exact = approxconv.approximate(stock, Multiplier.exact(8, False, False), quantization=chosen)
+    y = approxconv.calibrate(exact, [batch])(x)
+    assert torch.equal(approxconv.set_mode(exact, "quantized")(x), y)
+    error, signal = (y - stock(x)).norm(), stock(x).norm()
+    assert 0 < error < (0.6 if quantization == "few_bits_and_bias" else 0.1) * signal
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for n, p in exact.named_parameters() if n != "bias")
+    other = hostile(8, False, False)
+    exact.mode = "approximate"
+    exact.set_multiplier(other)
+    again = approxconv.calibrate(approxconv.approximate(stock, other, quantization=chosen), [batch])
+    assert torch.equal(exact(x), again(x))
+
+
 class _Operands(TorchDispatchMode):
     """Records the operators called and the shapes of their operands."""
 
@@ -526,6 +646,9 @@ def test_drop_in_for_the_torch_class(kind, hostile):
     assert torch.equal(approxconv.set_mode(layer, "float")(x), model(x))
     taken = approx.from_float(model, hostile(), mode="approximate")
     assert taken.weight is model.weight
+    back = taken.to_float()
+    assert type(back) is stock
+    assert torch.equal(back(x), model(x))
     assert type(approxconv.approximate(nn.Sequential(model, nn.Linear(3, 2)), hostile())[0]) is approx
 
     approxconv.set_mode(approxconv.calibrate(layer, [x]), "approximate")

@@ -8,7 +8,9 @@ import torch
 
 import approxconv
 from approxconv import Multiplier
+from approxconv.gradients import gradient_tables
 from approxconv.nn import ApproxMatmul, Matmul
+from approxconv.quantization import OperandQuantization, Quantization
 
 # name: shapes of a and b
 SHAPES = {
@@ -39,10 +41,9 @@ def operands(name, seed=0):
     return a * 2 - 0.7, b * 3 - 2.1
 
 
-def calibrated(multiplier, a, b, mode="approximate"):
+def calibrated(multiplier, a, b, mode="approximate", **arguments):
     """A product calibrated on narrower ranges than a's and b's, so that both saturate."""
-    layer = ApproxMatmul(multiplier=multiplier, mode=mode)
-    return calibrate(layer, [(0.8 * a, 0.8 * b)])
+    return calibrate(ApproxMatmul(multiplier=multiplier, mode=mode, **arguments), [(0.8 * a, 0.8 * b)])
 
 
 def calibrate(layer, pairs):
@@ -148,6 +149,92 @@ def test_gradient_of_one_operand(which, hostile):
     assert torch.equal(pair[which].grad, expected[which])
 
 
+@pytest.mark.parametrize("name", ["rectangular", "heads", "broadcast_both", "row_vector", "column_vector"])
+@signedness
+@pytest.mark.parametrize("gradient", ["lre", "smooth"])
+def test_gradient_by_tables_is_their_sum(name, a_signed, b_signed, gradient, hostile):
+    multiplier = hostile(4, a_signed, b_signed)
+    a, b = (operand.requires_grad_() for operand in operands(name, seed=4))
+    layer = calibrated(multiplier, a.detach(), b.detach(), gradient=gradient)
+    output = layer(a, b)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
+    got = torch.autograd.grad((output * weights).sum(), (a, b))
+
+    tables = gradient_tables(multiplier, gradient)
+    sa, sb = layer.activation_scale.double(), layer.weight_scale.double()
+    za, zb = int(layer.activation_zero_point), int(layer.weight_zero_point)
+    rows, columns = a.view(1, -1) if a.ndim == 1 else a, b.view(-1, 1) if b.ndim == 1 else b
+    real_a, real_b = ((x.detach().double() / s).round() + z for x, s, z in ((rows, sa, za), (columns, sb, zb)))
+    aq, bq = real_a.clamp(*multiplier.a_range).long(), real_b.clamp(*multiplier.w_range).long()
+    at = aq.unsqueeze(-1) % 16, bq.unsqueeze(-3) % 16  # (..., M, K, 1) and (..., 1, K, N)
+    weights = weights.double().view((rows @ columns).shape).unsqueeze(-2)
+    of_a = (weights * sb * (tables.by_activation.double()[at] - zb)).sum(-1).sum_to_size(rows.shape) * (aq == real_a)
+    of_b = (weights * sa * (tables.by_weight.double()[at] - za)).sum(-3).sum_to_size(columns.shape) * (bq == real_b)
+    assert_same(got[0], of_a.view(a.shape), rtol=1e-4)
+    assert_same(got[1], of_b.view(b.shape), rtol=1e-4)
+
+
+def test_codes_of_b_are_the_weights_and_its_range_the_activations(hostile):
+    quantization = Quantization(
+        activation=OperandQuantization(bits=5, range="percentile", percentile=80.0),
+        weight=OperandQuantization(bits=6, scheme="affine", range="mse"),
+    )
+    multiplier = hostile(8, True, False)
+    a, b = operands("heads")
+    layer = calibrated(multiplier, a, b, quantization=quantization)
+    assert layer.activation_zero_point == 0
+    assert layer.weight_zero_point != 0
+    assert 0.8 * a.abs().max() > 1.05 * 15.5 * layer.activation_scale  # what lies outside the percentile is clipped
+    assert 0.8 * (b.max() - b.min()) > 1.05 * 63 * layer.weight_scale
+    af = torch.fake_quantize_per_tensor_affine(a, layer.activation_scale, 0, -16, 15)
+    bf = torch.fake_quantize_per_tensor_affine(b, layer.weight_scale, layer.weight_zero_point, 0, 63)
+    layer.mode = "quantized"
+    assert_same(layer(a, b), af.double() @ bf.double())
+
+
+def test_learned_scales_of_both_operands(hostile):
+    quantization = Quantization(activation=OperandQuantization(range="lsq"))
+    a, b = operands("heads")
+    layer = calibrated(Multiplier.exact(8, False, True), a, b, quantization=quantization)
+    assert dict(layer.named_parameters()).keys() == {"activation_scale", "weight_scale"}
+    before = layer(a, b)
+    ((before - a @ b) ** 2).sum().backward()
+    assert all(scale.grad != 0 for scale in layer.parameters())
+    with torch.no_grad():
+        layer.weight_scale.mul_(1.5)
+    assert not torch.allclose(layer(a, b), before)
+
+
+def test_ranges_that_move_in_training(hostile):
+    a, b = operands("heads")
+    layer = ApproxMatmul(multiplier=hostile(), quantization=Quantization(freeze=False))
+    layer(a, b)
+    layer(2 * a, 3 * b)
+    frozen = calibrate(ApproxMatmul(multiplier=hostile()), [(a, b), (2 * a, 3 * b)])
+    assert torch.equal(layer.eval()(a, b), frozen(a, b))
+
+
+def test_another_multiplier(hostile):
+    a, b = operands("heads")
+    layer = calibrated(hostile(8, False, False), a, b)
+    layer.set_multiplier(hostile(8, True, True, seed=1))
+    assert torch.equal(layer(a, b), calibrated(hostile(8, True, True, seed=1), a, b)(a, b))
+
+
+def test_noise_has_the_errors_mean_and_variance():
+    table = Multiplier.exact(8, False, True).table + torch.tensor([10, 50]).repeat(128)
+    multiplier = Multiplier(table, a_signed=False, w_signed=True, name="noisy")
+    torch.manual_seed(0)
+    a, b = torch.rand(100, 9), torch.rand(9, 50) - 0.5
+    layer = calibrated(multiplier, a, b, mode="noise")
+    with torch.no_grad():
+        output = layer(a, b)
+    error = output - approxconv.set_mode(layer, "quantized")(a, b)
+    unit = layer.activation_scale * layer.weight_scale
+    assert error.mean() / unit == pytest.approx(9 * 30, rel=0.05)
+    assert error.std() / unit == pytest.approx((9 * 400) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("a_shape", "b_shape"),
     [((0, 4), (4, 3)), ((3, 0), (0, 2)), ((3, 4), (4, 0)), ((0, 3, 4), (0, 4, 2)), ((0, 3, 4), (4, 2))],
@@ -214,9 +301,25 @@ def test_errors(hostile):
         layer(torch.rand(()), torch.rand(2, 3))
 
 
+@pytest.mark.slow
+def test_traced(hostile):
+    a, b = operands("heads")
+    layer = calibrated(hostile(8, False, False), a, b)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        pair = [operand.clone().requires_grad_() for operand in (a, b)]
+        output = run(*pair)
+        results.append((output, *torch.autograd.grad(output.square().sum(), pair)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert torch.equal(torch.export.export(layer, (a, b)).module()(a, b), layer(a, b))
+
+
 def test_is_a_matmul_and_says_its_multiplier(hostile):
     layer = ApproxMatmul(multiplier=hostile(), engine="reference")
     assert isinstance(layer, Matmul)
     assert layer.extra_repr() == "multiplier=hostile0, mode=approximate, engine=reference"
     assert layer.operand_shapes((2, 3, 4), (4, 5)) == ((2, 3, 4), (5, 4), ())
+    assert type(layer.to_float()) is Matmul
     assert layer.operand_shapes((4,), (4,)) == ((1, 4), (1, 4), ())

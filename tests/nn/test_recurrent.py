@@ -7,10 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import approxconv
 from approxconv import Multiplier
-from approxconv.nn import ApproxGRUCell, ApproxLSTMCell
+from approxconv.nn import ApproxGRU, ApproxGRUCell, ApproxLSTM, ApproxLSTMCell
 
 CELLS = {"lstm": (nn.LSTMCell, ApproxLSTMCell), "gru": (nn.GRUCell, ApproxGRUCell)}
 every_cell = pytest.mark.parametrize("kind", CELLS)
@@ -185,7 +186,45 @@ def test_from_float_and_repr(kind, hostile):
     assert approxconv.nn.approx_layers(layer).keys() == {"ih", "hh"}
     with pytest.raises(RuntimeError, match="calibrate"):
         layer(x, state)
-    stock(x, state)
+    with pytest.raises(ValueError, match="part of"):
+        layer.ih.to_float()
+    expected = stock(x, state)
+    back = layer.to_float()
+    assert type(back) is type(stock)
+    assert vars(back).keys() == vars(stock).keys()
+    assert back.weight_ih is stock.weight_ih
+    torch.testing.assert_close(back(x, state), expected, rtol=0, atol=0)
+
+
+@every_cell
+def test_parameters_are_read_anew(kind, hostile):
+    """As `torch.func.functional_call` and optimizers want it, in eval mode too, where codes are kept."""
+    stock, x, state = make(kind)
+    layer = convert(stock, kind, hostile(), x, state).eval()
+    with torch.no_grad():
+        before = stacked(layer(x, state))
+        assert torch.equal(stacked(layer(x, state)), before)
+        others = {name: parameter * 0.7 for name, parameter in layer.named_parameters()}
+        called = stacked(torch.func.functional_call(layer, others, (x, state)))
+        assert torch.equal(stacked(layer(x, state)), before)
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(others[name])
+        assert torch.equal(stacked(layer(x, state)), called)
+    assert not torch.equal(called, before)
+
+
+@every_cell
+@pytest.mark.slow
+def test_traced(kind, hostile):
+    stock, x, state = make(kind)
+    layer = convert(stock, kind, hostile(), x, state)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (layer, compiled):
+        output = stacked(run(x, state))
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @every_cell
@@ -201,3 +240,144 @@ def test_bad_shapes(kind, hostile):
     if kind == "lstm":
         with pytest.raises(ValueError, match=r"hx\[1\] must be \(4, 3\)"):
             layer(x, (good, good[:1]))
+
+
+# Whole sequences
+
+LENGTH = 6
+SEQUENCES = {
+    "plain": {},
+    "deep": dict(num_layers=2, batch_first=True, bias=False),
+    "both_ways": dict(num_layers=2, bidirectional=True),
+    "both_ways_batch_first": dict(bidirectional=True, batch_first=True),
+}
+RECURRENT = {
+    **{f"lstm-{name}": (nn.LSTM, ApproxLSTM, options) for name, options in SEQUENCES.items()},
+    "lstm-projected": (nn.LSTM, ApproxLSTM, dict(num_layers=2, proj_size=2, bidirectional=True)),
+    **{f"gru-{name}": (nn.GRU, ApproxGRU, options) for name, options in SEQUENCES.items()},
+}
+every_sequence = pytest.mark.parametrize("name", RECURRENT)
+
+
+def sequence(name, seed=0):
+    """A stock layer, an input and first states."""
+    torch.manual_seed(seed)
+    kind, _, options = RECURRENT[name]
+    stock = kind(INPUT, HIDDEN, **options)
+    x = torch.randn(LENGTH, BATCH, INPUT) + 0.3
+    count = stock.num_layers * (1 + stock.bidirectional)
+    h, c = torch.randn(count, BATCH, stock.proj_size or HIDDEN), torch.randn(count, BATCH, HIDDEN)
+    return stock, x.transpose(0, 1).contiguous() if stock.batch_first else x, (h, c) if kind is nn.LSTM else h
+
+
+def flat(results):
+    """Output and states in one list."""
+    output, states = results
+    return [
+        output.data if isinstance(output, PackedSequence) else output,
+        *(states if isinstance(states, tuple) else (states,)),
+    ]
+
+
+@every_sequence
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_float_sequence_is_torchs(name, hostile):
+    stock, x, state = sequence(name)
+    layer = RECURRENT[name][1].from_float(copy.deepcopy(stock), hostile(), mode="float")
+    one = x.select(0 if stock.batch_first else 1, 0)
+    one_state = tuple(each[:, 0] for each in state) if isinstance(state, tuple) else state[:, 0]
+    for arguments in ((x, state), (x,), (one, one_state), (one,)):
+        for got, expected in zip(flat(layer(*arguments)), flat(stock(*arguments)), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@every_sequence
+@pytest.mark.parametrize("ordered", [True, False], ids=["sorted", "unsorted"])
+def test_packed_sequence_is_torchs(name, ordered, hostile):
+    stock, x, state = sequence(name)
+    layer = RECURRENT[name][1].from_float(copy.deepcopy(stock), hostile(), mode="float")
+    lengths = [6, 5, 2, 2] if ordered else [2, 6, 1, 5]
+    packed = pack_padded_sequence(x, lengths, batch_first=stock.batch_first, enforce_sorted=ordered)
+    for arguments in ((packed, state), (packed,)):
+        got, expected = layer(*arguments), stock(*arguments)
+        for one, other in zip(flat(got), flat(expected), strict=True):
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(pad_packed_sequence(got[0]), pad_packed_sequence(expected[0]))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_approximate_sequence_is_its_cells(kind, hostile):
+    name = f"{kind}-plain"
+    stock, x, state = sequence(name)
+    layer = RECURRENT[name][1].from_float(stock, hostile())
+    approxconv.calibrate(layer, [{"input": x, "hx": state}])
+    cell = CELLS[kind][1](INPUT, HIDDEN, multiplier=hostile())
+    cell.load_state_dict({key.replace("_l0", ""): value for key, value in layer.state_dict().items()})
+    now = tuple(each[0] for each in state) if kind == "lstm" else state[0]
+    output, last = layer(x, state)
+    for t in range(LENGTH):
+        now = cell(x[t], now)
+        assert torch.equal(output[t], now[0] if kind == "lstm" else now)
+    assert torch.equal(stacked(last)[:, 0] if kind == "lstm" else last[0], stacked(now))
+
+
+@every_sequence
+def test_sequence_with_the_exact_multiplier(name):
+    stock, x, state = sequence(name)
+    layer = RECURRENT[name][1].from_float(copy.deepcopy(stock), Multiplier.exact(8, False, True))
+    approxconv.calibrate(layer, [{"input": x, "hx": state}])
+    approximate = flat(layer(x, state))
+    layer.mode = "quantized"
+    for got, quantised, expected in zip(approximate, flat(layer(x, state)), flat(stock(x, state)), strict=True):
+        assert torch.equal(got, quantised)
+        assert 1e-6 < (got - expected).norm() < 0.05 * expected.norm()
+    approximate[0].sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.count_nonzero() > 0
+
+
+@every_sequence
+def test_sequence_layers_names_copies_and_way_back(name, hostile):
+    kind, approximate, options = RECURRENT[name]
+    stock, x, state = sequence(name)
+    layer = approximate.from_float(copy.deepcopy(stock), hostile())
+    approxconv.calibrate(layer, [{"input": x, "hx": state}])
+    assert list(dict(layer.named_parameters())) == list(dict(stock.named_parameters()))
+    expected = flat(layer(x, state))
+    other = approximate(INPUT, HIDDEN, **options, multiplier=hostile(seed=1))
+    other.load_state_dict(layer.state_dict())
+    for copied in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for got, wanted in zip(flat(copied(x, state)), expected, strict=True):
+            assert torch.equal(got, wanted)
+    layer.to(torch.float32)
+    for back in (layer.to_float(), other.to_float()):
+        assert type(back) is kind
+        assert vars(back).keys() == vars(stock).keys()
+        for got, wanted in zip(flat(back(x, state)), flat(stock(x, state)), strict=True):
+            assert torch.equal(got, wanted)
+        copy.deepcopy(back)(x)
+
+
+def test_dropout_between_layers(hostile):
+    stock, x, _ = sequence("lstm-deep")
+    stock.dropout = 1.0
+    layer = ApproxLSTM.from_float(copy.deepcopy(stock), hostile(), mode="float")
+    for got, expected in zip(flat(layer(x)), flat(stock(x)), strict=True):
+        torch.testing.assert_close(got, expected)
+    for got, expected in zip(flat(layer.eval()(x)), flat(stock.eval()(x)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["lstm-plain", "gru-deep"])
+def test_bad_sequences(name, hostile):
+    stock, x, state = sequence(name)
+    layer = RECURRENT[name][1].from_float(stock, hostile(), mode="float")
+    with pytest.raises(ValueError, match="2 or 3 dimensions"):
+        layer(x[None])
+    with pytest.raises(RuntimeError, match="input_size"):
+        layer(x[..., 1:], state)
+    with pytest.raises(RuntimeError, match="hidden"):
+        layer(x, tuple(each[:, 1:] for each in state) if isinstance(state, tuple) else state[:, 1:])
+    with pytest.raises(ValueError, match="one step"):
+        layer(x[:, :0] if stock.batch_first else x[:0])
+    assert layer.extra_repr().endswith("multiplier=hostile0, mode=float, engine=auto")
