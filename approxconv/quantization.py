@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,21 @@ def positive(scale: Tensor) -> Tensor:
 def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`torch.fake_quantize_per_tensor_affine` of elementary operations."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+        steps = torch.round(real * scale.reciprocal()) + zero_point
+        codes = steps.clamp(low, high)
+        ctx.save_for_backward(codes == steps)
+        return (codes - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.saved_tensors[0], None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,9 @@ class OperandFormat:
         scale, zero_point : Tensor
             One value, or one for each index of dimension 0.
         """
+        if torch.compiler.is_compiling():  # torch's operators cannot be traced for sizes that vary
+            column = (-1, *[1] * (real.ndim - 1)) if scale.numel() > 1 else ()
+            return _FakeQuantize.apply(real, scale.reshape(column), zero_point.reshape(column), self.low, self.high)
         if scale.numel() == 1:
             return torch.fake_quantize_per_tensor_affine(
                 real, scale.reshape(()), zero_point.reshape(()), self.low, self.high
