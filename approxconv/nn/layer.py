@@ -55,6 +55,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or is_transformed()
 
 
+def is_recomputed() -> bool:
+    """Whether a backward pass runs this, as activation checkpointing does with forward passes that it had before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_require_grad(*tensors: Tensor) -> bool:
+    """Whether any of them requires a gradient; torch.compile hides that from code inside torch.func.grad."""
+    return torch.compiler.is_compiling() or any(tensor.requires_grad for tensor in tensors)
+
+
 def check_mode(mode: str) -> str:
     """Return `mode` if there is one of that name, else raise a ValueError that lists them."""
     if mode not in MODES:
@@ -352,7 +362,8 @@ class ApproxLayer(nn.Module):
 
     def _moves(self) -> bool:
         """Whether activation ranges move with this forward pass."""
-        return self.training and not self.quantization.freeze and self.quantization.activation.range != "lsq"
+        moving = self.training and not self.quantization.freeze and self.quantization.activation.range != "lsq"
+        return moving and not is_recomputed()
 
     def synchronize_observers(self) -> None:
         """Join what was observed with all ranks of `torch.distributed`; every rank must come here."""
@@ -482,7 +493,7 @@ class ApproxLayer(nn.Module):
         if bias is not None and self.quantization.bias_bits is not None:
             sums = sums + quantize_bias(bias, scale)
             bias = bias - bias.detach()  # 0, with the gradient
-        if torch.is_grad_enabled() and (real.requires_grad or any(p.requires_grad for p in self._operands())):
+        if torch.is_grad_enabled() and may_require_grad(real, *self._operands()):
             filters = self._filters(self.weight).float()
             output = self._recorded(real, filters, sums, scale, codes, weight, sx, zx)
         else:
@@ -523,7 +534,7 @@ class ApproxLayer(nn.Module):
         """The rescaled sums, with a gradient by way of the fake-quantised operands."""
         x = self._fake_quantized("activation", real, sx, zx)
         w = self._fake_quantized("weight", filters, weight.scale, weight.zero_point)
-        needs, terms = (x.requires_grad, w.requires_grad), self._terms
+        needs, terms = (may_require_grad(x), may_require_grad(w)), self._terms
         sx, zx = sx.clone(), zx.clone()  # what is kept for the backward pass is the layer's own
         if terms is None or self.mode != "approximate":
             if is_transformed():

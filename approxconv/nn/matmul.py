@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..gradients import noise
 from ..quantization import QuantizedWeight, sum_dtype
-from .layer import ApproxLayer, rescaled, sum_bound
+from .layer import ApproxLayer, may_require_grad, rescaled, sum_bound
 
 
 class Matmul(nn.Module):
@@ -78,7 +78,7 @@ class ApproxMatmul(ApproxLayer, Matmul):
         if isinstance(b_zero, Tensor) or b_zero:
             sums -= b_zero * a_codes.sum(-1, keepdim=True, dtype=sums.dtype)
         scale = sa * sb
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, *self._operands())):
+        if torch.is_grad_enabled() and may_require_grad(a, b, *self._operands()):
             output = self._recorded(a, b, sums, scale, a_codes, quantized, sa, za)
         else:
             output = rescaled(sums, scale)

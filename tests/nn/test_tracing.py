@@ -206,13 +206,38 @@ def test_second_derivatives_by_torch_func():
     assert curvature(twin).abs().max() > 1
 
 
+@pytest.mark.parametrize("gradient", ["ste", "lre"])
+def test_gradients_by_torch_func_compiled(gradient, hostile):
+    """Inside of a transform torch.compile has no parameter require a gradient."""
+    layer = approxconv.nn.ApproxLinear(4, 3, multiplier=hostile(), gradient=gradient)
+    matmul, x = approxconv.nn.ApproxMatmul(multiplier=hostile(), gradient=gradient), torch.randn(5, 4)
+    model = nn.ModuleList([layer, matmul])
+    approxconv.set_mode(model, "float")
+    for part in model:
+        part.start_calibration()
+    matmul(layer(x).mT, x)
+    for part in model:
+        part.finish_calibration()
+    approxconv.set_mode(model, "approximate")
+
+    def loss(parameters, x):
+        return matmul(torch.func.functional_call(layer, parameters, (x,)).mT, x).square().sum()
+
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    expected = torch.func.grad(loss, (0, 1))(parameters, x)
+    got = torch.compile(torch.func.grad(loss, (0, 1)), backend="aot_eager", fullgraph=True)(parameters, x)
+    torch.testing.assert_close(got, expected)
+
+
 @cases
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(case, use_reentrant, make):
     model, x = make(case)
-    model.eval()  # batch normalisation and moving ranges would see each batch twice in training
+    for module in model.modules():  # batch normalisation would see each batch twice in training
+        module.train(not isinstance(module, nn.BatchNorm2d))
+    other = copy.deepcopy(model)
     expected = results(model, model, x)
-    got = results(lambda x: checkpoint(model, x, use_reentrant=use_reentrant), model, x)
+    got = results(lambda x: checkpoint(other, x, use_reentrant=use_reentrant), other, x)
     assert_equal(got, expected)
 
 
