@@ -263,7 +263,8 @@ class ApproxLayer(nn.Module):
     def mode(self, mode: str) -> None:
         self._mode = check_mode(mode)
         if mode == "noise":
-            self._derive()
+            with torch.inference_mode(False):
+                self._derive()
 
     @property
     def engine(self) -> str:
@@ -300,6 +301,7 @@ class ApproxLayer(nn.Module):
         _fitting(self._gradient_kind, multiplier)
         return self.quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
 
+    @torch.inference_mode(False)  # what it makes outlives evaluation
     def set_multiplier(self, multiplier: Multiplier | str) -> None:
         """Look up in another table from now on; weights stay what and where they are.
 

@@ -368,6 +368,18 @@ def test_another_multiplier_of_other_formats(name, kind, hostile):
         fresh(x)
 
 
+@pytest.mark.parametrize("signs", [(False, True), (True, False)])
+def test_another_multiplier_while_evaluating(signs, hostile):
+    layer, x = make("linear", hostile())
+    with torch.inference_mode():
+        layer.set_multiplier(hostile(8, *signs, seed=2))
+        layer.mode = "noise"
+        layer(x)
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    layer(x).sum().backward()
+    assert torch.isfinite(layer.noise_factor.grad).all()
+
+
 def test_a_multiplier_that_does_not_fit_changes_nothing(hostile):
     layer, x = make("linear", hostile(), quantization=Quantization(weight=OperandQuantization("symmetric", bits=7)))
     expected, state = layer(x), copy.deepcopy(layer.state_dict())
