@@ -473,7 +473,7 @@ def approx_layers(model: nn.Module) -> dict[str, ApproxLayer]:
 
 
 def set_mode(model: nn.Module, mode: str) -> nn.Module:
-    """Set every approximate layer of `model` to ``"float"``, ``"quantized"`` or ``"approximate"``; return the model.
+    """Set the `mode` of every approximate layer of a model, as `ApproxLayer` lists them; return the model.
 
     Raises
     ------

@@ -416,7 +416,7 @@ class ApproxLayer(nn.Module):
         observer(real)
         observer.synchronize()
         self._set_scale(name)
-        self.calibrated.fill_(True)
+        self.calibrated.copy_(observer.min_val <= observer.max_val)  # unless all batches were empty
 
     def _set_scale(self, name: str) -> None:
         observer, operand = getattr(self, f"{name}_observer"), getattr(self, f"{name}_format")

@@ -193,6 +193,17 @@ def test_ranges_that_move_in_training(range, kind, hostile):
     assert torch.equal(frozen.activation_scale, scale)
 
 
+@pytest.mark.parametrize("range", ["minmax", "moving_average"])
+def test_an_empty_batch_is_no_calibration(range, hostile):
+    quantization = Quantization(OperandQuantization(range=range), freeze=False)
+    layer = ApproxLinear(3, 2, multiplier=hostile(), quantization=quantization)
+    assert layer(torch.rand(0, 3)).shape == (0, 2)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        layer.eval()(torch.rand(4, 3))
+    layer.train()(torch.rand(4, 3))
+    layer.eval()(torch.rand(4, 3))
+
+
 def test_a_weight_that_is_derived_later_gets_its_gradient(hostile):
     class Doubled(nn.Module):
         def forward(self, weight):
