@@ -7,9 +7,11 @@ from .engines import EngineError, use_engine
 from .explanation import Explanation, explain
 from .factorize import Factorization, factorize
 from .formats import CFunction, FormatError, load_function, load_multiplier, save_multiplier
+from .gradients import GradientTables, gradient_tables
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, model_summary, set_mode, set_multiplier, to_float
 from .pictures import compare
+from .quantization import OperandQuantization, Quantization
 from .wide import WideMultiplier
 from .zoo import get_multiplier, get_wide_multiplier, list_multipliers
 
@@ -19,7 +21,10 @@ __all__ = [
     "Explanation",
     "Factorization",
     "FormatError",
+    "GradientTables",
     "Multiplier",
+    "OperandQuantization",
+    "Quantization",
     "WideMultiplier",
     "__version__",
     "approximate",
@@ -30,6 +35,7 @@ __all__ = [
     "factorize",
     "get_multiplier",
     "get_wide_multiplier",
+    "gradient_tables",
     "list_multipliers",
     "load_function",
     "load_multiplier",

@@ -10,7 +10,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from ._version import __version__
 from .multiplier import Multiplier
 from .nn import approximate, calibrate, set_mode
+from .training import Batches, Score, Training, in_order, score
 
 EXACT = "exact_8u_8s"
 MULTIPLIERS = (
@@ -54,32 +56,19 @@ class Schedule:
 QUICK_SCHEDULE = Schedule(train=8, retrain=2)
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images ``(N, 1, 8, 8)`` in [0, 1] and labels, cut into a training and a held-out part."""
+def digits(seed: int = 0, device: torch.device | str = "cpu") -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's digits to train on and held out, a third, stratified by label.
 
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    Each holds images ``(N, 1, 8, 8)`` in [0, 1] and labels.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    @classmethod
-    def load(cls, seed: int, device: torch.device) -> Digits:
-        """Read scikit-learn's digits; a third is held out, stratified by label."""
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        parts = train_test_split(digits.images, digits.target, test_size=597, random_state=seed, stratify=digits.target)
-        train_x, test_x = (torch.tensor(x, dtype=torch.float32, device=device).unsqueeze(1) / 16 for x in parts[:2])
-        train_y, test_y = (torch.tensor(y, dtype=torch.long, device=device) for y in parts[2:])
-        return cls(train_x, train_y, test_x, test_y)
-
-    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training part once, in random order."""
-        order = torch.randperm(len(self.train_x), generator=generator).to(self.train_x.device)
-        for picks in order.split(BATCH):
-            yield self.train_x[picks], self.train_y[picks]
+    data = load_digits()
+    parts = train_test_split(data.images, data.target, test_size=597, random_state=seed, stratify=data.target)
+    train_x, test_x = (torch.tensor(x, dtype=torch.float32, device=device).unsqueeze(1) / 16 for x in parts[:2])
+    train_y, test_y = (torch.tensor(y, dtype=torch.long, device=device) for y in parts[2:])
+    return TensorDataset(train_x, train_y), TensorDataset(test_x, test_y)
 
 
 @dataclass(frozen=True)
@@ -117,67 +106,56 @@ def small_cnn() -> nn.Sequential:
     )
 
 
-def train(model: nn.Module, data: Digits, epochs: int, lr: float, seed: int, tick: Callable[[], None]) -> None:
-    """Adam with a cosine schedule on cross entropy; `tick` is called after each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    model.train()
-    for _ in range(epochs):
-        for x, y in data.batches(generator):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        scheduler.step()
-        tick()
-    model.eval()
+def trained_cnn() -> nn.Sequential:
+    """A `small_cnn` trained on `digits`, always the same one; takes a few seconds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = small_cnn()
+        train(model, digits()[0], Schedule().train, 5e-3)
+    return model
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of held-out digits classified right, in percent."""
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in _held_out(data))
-    return 100 * hits / len(data.test_y)
-
-
-def _held_out(data: Digits) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(data.test_x.split(256), data.test_y.split(256), strict=True)
-
-
-@torch.inference_mode()
-def images_per_second(model: nn.Module, data: Digits, repeats: int = 3) -> float:
-    """Held-out images classified per second, best of `repeats` passes."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for x, _ in _held_out(data):
-            model(x)
-        if data.test_x.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return len(data.test_x) / best
+def train(
+    model: nn.Module,
+    data: Dataset,
+    epochs: int,
+    lr: float,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Train a classifier by `Training.with_adam`; `tick` is called after each epoch."""
+    batches = Batches(data, BATCH, seed=seed, device=next(model.parameters()).device)
+    Training.with_adam(model, batches, epochs=epochs, lr=lr).run(epochs, after_epoch=lambda _: tick())
 
 
 def evaluate(
-    float_model: nn.Module, multiplier: Multiplier, data: Digits, epochs: int, seed: int, tick: Callable[[], None]
+    float_model: nn.Module,
+    multiplier: Multiplier,
+    data: tuple[TensorDataset, TensorDataset],
+    epochs: int,
+    seed: int,
+    tick: Callable[[], None],
 ) -> Result:
     """Convert, calibrate, measure, retrain and measure again."""
+    train_data, test_data = data
+    device = next(float_model.parameters()).device
+
+    def measured(mode: str) -> Score:
+        return score(set_mode(model, mode), in_order(test_data, device=device))
+
     model = approximate(float_model, multiplier, first_last="approximate")
-    calibrate(model, data.train_x.split(256))
-    set_mode(model, "quantized")
-    at_8bit = accuracy(model, data)
-    set_mode(model, "approximate")
-    before = accuracy(model, data)
-    speed = images_per_second(model, data)
-    train(model, data, epochs, 1e-3, seed, tick)
+    calibrate(model, in_order(train_data, device=device))
+    at_8bit = measured("quantized").accuracy
+    before = [measured("approximate") for _ in range(3)]
+    train(model, train_data, epochs, 1e-3, seed, tick)
     return Result(
         multiplier.name,
         multiplier.content_hash,
         multiplier.metrics(),
         at_8bit,
-        before,
-        accuracy(model, data),
-        speed,
+        before[0].accuracy,
+        measured("approximate").accuracy,
+        max(each.images_per_second for each in before),
     )
 
 
@@ -269,7 +247,7 @@ def run(
     schedule, console = schedule or Schedule(), console or Console()
     started = time.perf_counter()
     torch.manual_seed(seed)
-    data = Digits.load(seed, device)
+    data = digits(seed, device)
     out.mkdir(parents=True, exist_ok=True)
     float_model = small_cnn().to(device)
     columns = (
@@ -287,8 +265,8 @@ def run(
         def tick() -> None:
             progress.advance(task)
 
-        train(float_model, data, schedule.train, 5e-3, seed, tick)
-        float_accuracy = accuracy(float_model, data)
+        train(float_model, data[0], schedule.train, 5e-3, seed, tick)
+        float_accuracy = score(float_model, in_order(data[1], device=device)).accuracy
         for multiplier in multipliers:
             progress.update(task, description=multiplier.name)
             results.append(evaluate(copy.deepcopy(float_model), multiplier, data, schedule.retrain, seed, tick))

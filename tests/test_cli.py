@@ -9,7 +9,7 @@ from approxconv import Multiplier, get_multiplier, list_multipliers, load_multip
 from approxconv.cli import main
 
 DIALECT = "unsigned f(unsigned a, unsigned b) { return a * b; }"
-COMMANDS = ("list", "show", "convert", "compare", "demo", "doctor")
+COMMANDS = ("list", "show", "convert", "compare", "evaluate", "retrain", "demo", "doctor")
 CIRCUIT = """// MAE = 0.25
 // PDK45_PWR = 0.425 mW
 uint8_t mul2u_T(const uint8_t B, const uint8_t A) { return (A * B) & 0xE; }

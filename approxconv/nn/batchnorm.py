@@ -191,7 +191,8 @@ def find_batchnorms(
     Parameters
     ----------
     model : torch.nn.Module
-        In eval mode. A copy of it is traced by `torch.fx`, in parts where it cannot be traced as a whole.
+        In eval mode. A copy of it is traced by `torch.fx`, in parts where it cannot be traced as a whole; layers of a
+        part are then taken to be called by that part alone.
     layers : mapping of str to torch.nn.Module
         The layers of `model` in question by name; convolutions and linear ones are looked at.
     run : callable, optional

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,9 +15,8 @@ from .conv import ApproxConvNd
 from .layer import sum_bound
 
 
-def _reach(tap: int, stride: int, padding: int, size: int, output: int) -> tuple[slice, slice]:
-    """The inputs i whose product with a tap falls on an output ``i·stride + tap − padding``, and these outputs."""
-    shift = tap - padding
+def _reach(shift: int, stride: int, size: int, output: int) -> tuple[slice, slice]:
+    """The inputs i of which ``i·stride + shift`` is an output, and these outputs."""
     first = max(0, -(shift // stride))
     count = max(0, min(size - 1, (output - 1 - shift) // stride) - first + 1)
     start = first * stride + shift
@@ -68,40 +66,50 @@ class _ConvTranspose(ApproxConvNd):
         return super()._integer_forward(input, size)
 
     def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Tensor, Tensor]:
-        """``(g, B·size, C/g)`` and ``(g, kernel·O/g, C/g)``."""
         rows = x.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
         return rows, w.unflatten(0, (self.groups, -1)).flatten(3).permute(0, 3, 1, 2).flatten(1, 2)
 
     def _overlap_add(self, columns: Tensor, output: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """``y[b, (g, o), i·stride + tap·dilation − padding] += columns[g, b, i, tap, o]``; taps are counted through."""
-        groups, batch, *size, _taps, lanes = columns.shape
-        y = columns.new_zeros(groups, batch, *output, lanes, dtype=dtype)
-        for n, tap in enumerate(itertools.product(*map(range, self.kernel_size))):
-            places = zip(tap, self.dilation, self.stride, self.padding, size, output, strict=True)
-            reached = [_reach(t * d, s, p, i, o) for t, d, s, p, i, o in places]
-            inputs, outputs = zip(*reached, strict=True)
-            y[(..., *outputs, slice(None))] += columns[(..., *inputs, n, slice(None))]
-        return y.movedim(-1, 1).movedim(2, 0).flatten(1, 2).contiguous()
+        """``y[b, (g, o), i·stride + tap·dilation − padding] += columns[g, b, i, tap, o]``, i and tap of each dimension.
+
+        One dimension after another: so there are as many additions as a kernel has rows plus columns, not times.
+        """
+        taps_at = 2 + len(output)  # the first taps that are left
+        for dim, size in enumerate(output):
+            stride, padding, dilation = self.stride[dim], self.padding[dim], self.dilation[dim]
+            before, shape = (slice(None),) * (2 + dim), list(columns.shape)
+            count, shape[2 + dim] = shape[2 + dim], size
+            del shape[taps_at]
+            sums = columns.new_zeros(shape, dtype=dtype)
+            for tap, part in enumerate(columns.unbind(taps_at)):
+                inputs, outputs = _reach(tap * dilation - padding, stride, count, size)
+                sums[(*before, outputs)] += part[(*before, inputs)]
+            columns = sums
+        return columns.movedim(-1, 1).movedim(2, 0).flatten(1, 2).contiguous()
 
     def _lookup(self, x: Tensor, w: Tensor, table: Tensor, pad_code: int | Tensor, output: Sequence[int]) -> Tensor:
         rows, taps = self._arguments(x, w, pad_code)
         columns = torch.ops.approxconv.lut_matmul(rows, taps, table, engine=self.engine)
-        columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (math.prod(self.kernel_size), -1))
+        columns = columns.unflatten(1, (x.shape[0], *x.shape[2:])).unflatten(-1, (*self.kernel_size, -1))
         dtype = sum_dtype(sum_bound(table, w[0].numel()))
         sums = self._overlap_add(columns, output, dtype)
         if isinstance(pad_code, Tensor) or pad_code:
             # zx·wq is about to be taken out of K products: what is missing of them has to be there as such.
-            shape = (self.groups, 1, *[1] * len(output), *columns.shape[-2:])
-            of_taps = taps.sum(-1, dtype=torch.int32).view(shape).expand(-1, -1, *x.shape[2:], -1, -1)
+            of_taps = taps.sum(-1, dtype=torch.int32).unflatten(-1, (*self.kernel_size, -1))
+            of_taps = of_taps[(slice(None), None, *[None] * len(output))].expand(-1, 1, *columns.shape[2:])
             of_all = w.flatten(1).sum(1, dtype=dtype).view(-1, *[1] * len(output))
             sums += pad_code * (of_all - self._overlap_add(of_taps, output, dtype))
         return sums
 
+    def _overlaps(self, values: Tensor, output: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Sums ``(B, g, *output)`` of values ``(B, g, *input)`` over the taps that reach an output."""
+        columns = values.transpose(0, 1)[(..., *[None] * (len(output) + 1))]
+        return self._overlap_add(columns.expand(*[-1] * values.ndim, *self.kernel_size, 1), output, dtype)
+
     def _code_sums(self, x: Tensor, zero_point: int | Tensor, output: Sequence[int]) -> Tensor:
         channels, taps = self.in_channels // self.groups, math.prod(self.kernel_size)
         sums = x.unflatten(1, (self.groups, -1)).sum(2, dtype=torch.int32) - channels * zero_point
-        columns = sums.transpose(0, 1)[..., None, None].expand(*[-1] * (sums.ndim), taps, 1)
-        sums = self._overlap_add(columns, output, torch.int32) + channels * taps * zero_point
+        sums = self._overlaps(sums, output, torch.int32) + channels * taps * zero_point
         return sums.repeat_interleave(self.out_channels // self.groups, dim=1)
 
     def _gradient(
@@ -113,9 +121,8 @@ class _ConvTranspose(ApproxConvNd):
         return grad_x, None if grad_w is None else self._filters(grad_w)
 
     def _fan_in(self, depth: int, shape: Sequence[int], output: Sequence[int]) -> Tensor:
-        taps = math.prod(self.kernel_size)
-        products = torch.full((1, 1, *[1] * len(output), taps, 1), depth // taps, device=self.table.device)
-        return self._overlap_add(products.expand(-1, -1, *shape[2:], -1, -1), output, torch.int64)
+        channels = torch.tensor(self.in_channels // self.groups, device=self.table.device)
+        return self._overlaps(channels.expand(1, 1, *shape[2:]), output, torch.int64)
 
     def _grad_sums(self, grad: Tensor, shapes: tuple[torch.Size, torch.Size]) -> Tensor:
         ones, w = grad.new_ones(()).expand(shapes[0]), or_placeholder(None, shapes[1], grad)

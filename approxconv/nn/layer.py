@@ -40,6 +40,11 @@ def host_int(tensor: Tensor) -> int:
     return int(tensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that `torch.distributed.fsdp.fully_shard` has sharded, outside a forward pass; a collective then."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def is_transformed() -> bool:
     """Whether a torch.func transform runs this."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -217,7 +222,7 @@ class ApproxLayer(nn.Module):
     def _start_weight_scale(self) -> None:
         """The first scale of a weight whose scale is learned."""
         if self.quantization.weight.range == "lsq" and self.weight is not None and not self.weight.is_meta:
-            scales = weight_scale(self._filters(self.weight), self.weight_format, self.quantization.weight)
+            scales = weight_scale(self._filters(whole(self.weight)), self.weight_format, self.quantization.weight)
             self.weight_scale.copy_(scales[0])
             self.weight_zero_point.copy_(scales[1])
 
@@ -431,8 +436,8 @@ class ApproxLayer(nn.Module):
         return known[2]
 
     def _quantize_weight(self) -> QuantizedWeight:
-        learned = (positive(self.weight_scale), self.weight_zero_point) if self._learns("weight") else None
-        return quantize_weight(self._filters(self.weight), self.weight_format, self.quantization.weight, learned)
+        learned = (positive(whole(self.weight_scale)), self.weight_zero_point) if self._learns("weight") else None
+        return quantize_weight(self._filters(whole(self.weight)), self.weight_format, self.quantization.weight, learned)
 
     def _learns(self, name: str) -> bool:
         """Whether the scale of an operand is a parameter."""
