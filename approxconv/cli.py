@@ -358,7 +358,8 @@ def _per_layer(path: Path | None) -> dict[str, Any]:
     if not isinstance(choices, dict):
         raise CommandError(f"--per-layer {path} must map patterns of layers to multipliers or settings")
     return {
-        pattern: choice if isinstance(choice, dict) else {"multiplier": choice} for pattern, choice in choices.items()
+        str(pattern): choice if isinstance(choice, dict) else {"multiplier": choice}
+        for pattern, choice in choices.items()
     }
 
 
@@ -412,6 +413,7 @@ def _experiment(arguments: argparse.Namespace, device: torch.device) -> _Experim
     calibrate(model, in_order(Subset(train, range(0, len(train), stride)), arguments.batch_size, device=device))
     settings = {
         "model": arguments.model,
+        "dataset": arguments.dataset,
         "multiplier": f"{multiplier.name} ({multiplier.content_hash})",
         "per_layer": per_layer,
         "skip": arguments.skip,
@@ -465,7 +467,7 @@ def _retrain(arguments: argparse.Namespace) -> None:
             lr=arguments.lr,
             settings=experiment.settings | {name: getattr(arguments, name) for name in ("mode", "engine", "seed")},
         )
-        console, log = _console(stderr=arguments.json, quiet=rank > 0), None
+        console, log, tested = _console(stderr=arguments.json, quiet=rank > 0), None, None
         if training.resume(path):
             console.print(Text(f"{path}: goes on after {training.epoch} epochs and {training.step} batches"))
         if arguments.log is not None and rank == 0:
@@ -481,6 +483,7 @@ def _retrain(arguments: argparse.Namespace) -> None:
                 log.write(epoch=training.epoch, step=training.step, lr=lr, **asdict(done))
 
         def after_epoch(done: Score) -> None:
+            nonlocal tested
             tested = held_out()
             console.print(f"epoch {training.epoch}/{arguments.epochs}  {_told(done)}  held out {tested.accuracy:.2f} %")
             if log is not None:
@@ -496,8 +499,8 @@ def _retrain(arguments: argparse.Namespace) -> None:
                 after_batch=after_batch,
                 after_epoch=after_epoch,
             )
-        result = held_out()
-        console.print(Text(f"{path} written; held out: {_told(result)}"))
+        result = tested or held_out()
+        console.print(Text(f"{path}: held out: {_told(result)}"))
         if arguments.json and rank == 0:
             _print_json({"checkpoint": str(path), "epochs": training.epoch, **asdict(result)})
 
@@ -605,7 +608,8 @@ def _parser() -> argparse.ArgumentParser:
         "train a network on a multiplier",
         "approxconv retrain --multiplier drum4_8u_8s --epochs 3 --checkpoint drum4 --log drum4.jsonl",
         "Convert a network, calibrate it and train it by Adam with a cosine schedule. The same command again goes on "
-        f"from the last checkpoint, bit for bit as if never cut off; under torchrun, on several devices. {_FACTORIES}",
+        "from the last checkpoint, bit for bit as if never cut off. Processes started by torchrun -m -- approxconv "
+        f"retrain share each batch. {_FACTORIES}",
     )
     _add_experiment(retrain)
     retrain.add_argument("--mode", choices=MODES, default="approximate", help="to train in (default approximate)")

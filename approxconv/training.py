@@ -102,7 +102,7 @@ class _Seeded(Dataset):
 
 def _load(dataset: Dataset, picks: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Sequence[Tensor]]:
     """The samples of each pick as a batch on the device."""
-    if isinstance(dataset, TensorDataset):  # whole batches at once
+    if type(dataset) is TensorDataset:  # whole batches at once
         batches = (dataset[pick.to(dataset.tensors[0].device)] for pick in picks)
     else:
         batches = DataLoader(
@@ -173,7 +173,7 @@ class Batches:
         batches = order.split(self.batch_size)[: len(self)]
         shares = [batch[: len(batch) // self.ranks * self.ranks][self.rank :: self.ranks] for batch in batches]
         dataset = self.dataset
-        if not isinstance(dataset, TensorDataset):
+        if type(dataset) is not TensorDataset:
             dataset = _Seeded(dataset, self.seed, self.epoch)
         for batch in _load(dataset, shares[self.step :], self.device, self.workers):
             self.step += 1

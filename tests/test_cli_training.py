@@ -123,7 +123,7 @@ def test_evaluate_by_layer(run, folder):
         folder / "maps" / "mine.npz"
     )
     (folder / "maps" / "map.yaml").write_text(
-        "'0': mine.npz\n'4': {multiplier: trunc2_4u_4s, quantization: {weight: {bits: 3}}, gradient: lre}\n"
+        "0: mine.npz\n'4': {multiplier: trunc2_4u_4s, quantization: {weight: {bits: 3}}, gradient: lre}\n"
     )
     (folder / "map.json").write_text(json.dumps({"0": "maps/mine.npz", "4": {
         "multiplier": "trunc2_4u_4s", "quantization": {"weight": {"bits": 3}}}}))  # fmt: skip

@@ -22,7 +22,9 @@ RANGES = {
     "joint": Quantization(freeze=False),
     "learned": Quantization(activation=OperandQuantization(range="lsq"), weight=OperandQuantization(range="lsq")),
 }
-WRAPPERS = [("ddp", "frozen"), ("ddp", "moving"), ("ddp", "joint"), ("ddp", "learned"), ("fsdp", "moving")]
+WRAPPERS = [("ddp", "frozen"), ("ddp", "moving"), ("ddp", "joint"), ("ddp", "learned")]
+if torch.__version__ >= "2.13":  # gloo of older ones may sum gradients that FSDP2 wants averaged: pytorch issue 162338
+    WRAPPERS.append(("fsdp", "moving"))
 
 
 def net(quantization):
@@ -84,8 +86,6 @@ def by_two(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "ranges"), WRAPPERS)
 def test_two_ranks_train_as_one(by_two, wrapper, ranges):
-    if wrapper == "fsdp" and torch.__version__ < "2.13":
-        pytest.skip("gloo of older torch sums gradients that FSDP2 wants averaged (pytorch issue 162338)")
     one, *two = trained(wrapper, ranges, 0, 1), *(each[f"{wrapper} {ranges}"] for each in by_two)
     untrained = net(RANGES[ranges]).state_dict()
     for state in two:

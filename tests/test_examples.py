@@ -70,6 +70,7 @@ def told(said):
     return float(re.search(r"on 2 processes: ([\d.]+) %", said).group(1))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="FSDP2 on the CPU: gloo of older torch, pytorch issue 162338")
 def test_fsdp(tmp_path):
     out = tmp_path / "model.pt"
     said = told(run(*TORCHRUN, EXAMPLES / "train_fsdp.py", "--epochs", 2, "--out", out).stdout)

@@ -203,6 +203,17 @@ def test_batches_that_cannot_be(dataset, options, message):
         Batches(dataset, **{"batch_size": 4, **options})
 
 
+def test_a_derived_tensor_dataset_keeps_its_own_samples():
+    class Doubled(TensorDataset):
+        def __getitem__(self, index):
+            assert isinstance(index, int)
+            return 2 * self.tensors[0][index], self.tensors[1][index]
+
+    data = Doubled(torch.arange(9.0), torch.arange(9))
+    for batches in (Batches(data, 4), in_order(data, 4)):
+        assert all(torch.equal(x, 2.0 * y) for x, y in batches)
+
+
 def test_score_is_that_of_the_whole():
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Dropout(), nn.Linear(6, 3)), torch.randn(23, 6), torch.arange(23) % 3
