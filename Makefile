@@ -2,6 +2,8 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A process a core, a file of tests each; torch's threads do not spin while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-slow lint benchmarks notebooks clean
 
@@ -9,10 +11,10 @@ demo: $(INSTALLED)
 	$(BIN)/approxconv demo --out demo_results
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(INSTALLED)

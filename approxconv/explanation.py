@@ -107,10 +107,10 @@ def explain(
 
     Parameters
     ----------
-    target : ApproxConv2d, ApproxLinear or Conv2dArgs
-        The layer, or the shape of a convolution.
+    target : ApproxLayer or Conv2dArgs
+        The layer (of attention or a recurrent cell, one of its `products`), or the shape of a convolution.
     shape : sequence of int
-        Of the input: ``(B, C, H, W)`` of a convolution, ``(..., K)`` of a linear layer.
+        Of the input: ``(B, C, H, W)`` of a convolution in 2-D, ``(..., K)`` of a linear layer.
     multiplier : Multiplier, optional
         Beside `Conv2dArgs` only; a layer has its own.
     engine : str, optional
@@ -223,7 +223,7 @@ def _call(
         table = target.operation_table()
         return _Call(*target.operand_shapes(shape), table if device is None else table.to(device))
     if not isinstance(target, Conv2dArgs):
-        raise ValueError(f"target must be an ApproxConv2d, ApproxLinear or Conv2dArgs, got {target!r:.60}")
+        raise ValueError(f"target must be an ApproxLayer or Conv2dArgs, got {target!r:.60}")
     if not isinstance(multiplier, Multiplier):
         raise ValueError(f"multiplier must be a Multiplier beside Conv2dArgs, got {multiplier!r:.60}")
     if len(shape) != 4 or shape[1] != target.in_channels:

@@ -5,10 +5,10 @@ decides: a signed operand is quantised symmetrically (zero point 0), an unsigned
 scale a tensor, weights with one an output channel, over all values seen.
 
 Activation ranges are observed by `torch.ao.quantization`'s observers, and training goes through torch's fake
-quantisation operators. Both ship with every supported torch (2.6 to 2.13 and on), so they cost no dependency; torchao,
-their announced successor, is released for one or two torch versions at a time, fails to load its extensions beside
-others, and has no histogram observer. Scales follow the formula of those observers, in functional form, so that they
-can be traced.
+quantisation operators: every supported torch ships them (2.6 to 2.13), so they are no further dependency. Their
+announced successor torchao follows one or two torch versions with each release, prints which of its extensions do not
+load beside others (0.18 beside torch 2.13 does), and has no observer of histograms. Scales follow the formula of
+torch's observers, in functional form, so that they can be traced.
 """
 
 from __future__ import annotations

@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -104,18 +102,13 @@ def _engine(name: str, device: torch.device) -> Any:
     if name == "auto":
         name = _DEVICE_ENGINE.get(device.type, "reference")
     base, _, variant = name.partition(":")
-    engine = _module(base)
+    engine = import_module(f".{base}", __name__)
     if variant:
         engine = engine.with_rank(int(variant)) if base == "truncated" else engine.with_kernel(variant)
     reason = engine.unavailable(device)
     if reason is not None:
         raise EngineError(f"engine {name!r} cannot run here: {reason}")
     return engine
-
-
-@cache
-def _module(base: str) -> ModuleType:
-    return import_module(f".{base}", __name__)
 
 
 def requested(name: str) -> str:

@@ -141,7 +141,9 @@ def test_compiled_by_inductor(make):
     other = copy.deepcopy(model)
     got = results(torch.compile(other, fullgraph=True), other, x)
     for mine, theirs in zip(got, results(model, model, x), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().float().max().item())
+        mine, theirs = mine.double(), theirs.double()
+        finite = theirs.isfinite()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs[finite].abs().max().item())
 
 
 @one_quickly
@@ -191,19 +193,22 @@ def test_second_derivatives_by_torch_func():
     layer = approxconv.approximate(stock, Multiplier.exact(), first_last="approximate")
     layer = approxconv.calibrate(layer, [x])
 
-    def twin(x):
+    def approximate(x, weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    def twin(x, weight):
         x = torch.fake_quantize_per_tensor_affine(x, layer.activation_scale, layer.activation_zero_point, 0, 255)
-        w = torch.fake_quantize_per_channel_affine(
-            layer.weight, layer.weight_scale, layer.weight_zero_point, 0, -128, 127
-        )
+        w = torch.fake_quantize_per_channel_affine(weight, layer.weight_scale, layer.weight_zero_point, 0, -128, 127)
         return nn.functional.linear(x, w, layer.bias)
 
-    def curvature(function):
-        inner = torch.func.grad(lambda x: function(x).pow(3).sum())
-        return torch.func.grad(lambda x: inner(x).square().sum())(x)
+    def curvature(function, operand):
+        inner = torch.func.grad(lambda x, w: function(x, w).pow(3).sum())
+        return torch.func.grad(lambda x, w: inner(x, w).square().sum(), argnums=operand)(x, layer.weight.detach())
 
-    torch.testing.assert_close(curvature(layer), curvature(twin), rtol=1e-4, atol=1e-4)
-    assert curvature(twin).abs().max() > 1
+    for operand in range(2):
+        expected = curvature(twin, operand)
+        torch.testing.assert_close(curvature(approximate, operand), expected, rtol=1e-4, atol=1e-3)
+        assert expected.abs().max() > 1
 
 
 @pytest.mark.parametrize("gradient", ["ste", "lre"])
