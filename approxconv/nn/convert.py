@@ -396,10 +396,13 @@ def to_float(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises
     ------
     ValueError
-        No approximate layers.
+        No approximate layers, or one that was parametrised since.
     """
     approx_layers(model)
     check_flag("inplace", inplace)
+    for name, layer in convertible_layers(model).items():
+        if isinstance(layer, tuple(LAYERS.values())) and parametrize.is_parametrized(layer):
+            _check_parameters(name, layer, _stock(_kind(layer)))
     model = model if inplace else copy.deepcopy(model)
     restore_attention(model)
     layers = convertible_layers(model).values()

@@ -660,6 +660,17 @@ def test_the_root_itself_back_to_float(exact):
     assert vars(layer).keys() == vars(stock).keys()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_back_to_float_of_a_parametrised_layer(inplace, exact):
+    model = approxconv.approximate(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), exact)
+    parametrizations.weight_norm(model[1])
+    with pytest.raises(ValueError, match=r"layer '1' must hold its weight .*remove_parametrizations\(layer"):
+        approxconv.to_float(model, inplace=inplace)
+    assert isinstance(model[0], ApproxLinear)
+    parametrize.remove_parametrizations(model[1], "weight")
+    assert type(approxconv.to_float(model, inplace=inplace)[1]) is nn.Linear
+
+
 def test_back_to_float_without_approximate_layers(net):
     for model, message in ((net, "no approximate layers"), ("net", "got str")):
         with pytest.raises(ValueError, match=message):
