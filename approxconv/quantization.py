@@ -279,7 +279,7 @@ class Quantization:
     freeze : bool
         True: activation ranges stay as `approxconv.calibrate` found them. False: those by ``"minmax"`` and
         ``"moving_average"`` move on with every forward pass in training mode, over all ranks of `torch.distributed`,
-        and need no calibration.
+        and need no calibration. A pass that activation checkpointing runs again moves nothing.
     bias_bits : int, optional
         32: the bias is rounded to an int32 of scale ``sx·sw`` and added to the integer sums, as hardware does. None: it
         is added in floating point.
