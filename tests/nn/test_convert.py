@@ -379,7 +379,7 @@ def test_a_derived_weight_is_named_with_its_remedy(net, derive, remedy, inplace,
         (["*wise", "head", "stem*"], set(LAYERS)),
         ((name for name in ["head"]), {"head"}),
     ],
-    ids=str,
+    ids=["none", "list", "name", "glob", "globs", "overlapping", "all", "generator"],
 )
 def test_skip(net, skip, left, exact):
     model = approxconv.approximate(net, exact, skip=skip)
