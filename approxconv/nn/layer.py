@@ -650,10 +650,17 @@ class ApproxLayer(nn.Module):
         super().__setstate__(state)
         self._derive()
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.weight is not None and not self.weight.is_meta:
             self.quantized_weight()  # the scales that are saved are those of the weights that are saved
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # beside the version
+            destination._metadata[prefix[:-1]]["codes"] = self._codes()
+
+    def _codes(self) -> dict[str, list[int | str]]:
+        """Of each operand: the first code in use, the last, and the scheme."""
+        formats = {"activation": self.activation_format, "weight": self.weight_format}
+        return {name: [f.low, f.high, "symmetric" if f.symmetric else "affine"] for name, f in formats.items()}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -672,6 +679,10 @@ class ApproxLayer(nn.Module):
             errors.append(
                 f"{prefix}table: saved with (activation, weight) signed = {signed.tolist()}, this layer has {own}"
             )
+            return
+        codes = local_metadata.get("codes", self._codes())
+        if codes != self._codes():
+            errors.append(f"{prefix}table: saved with codes {codes}, this layer's quantization has {self._codes()}")
             return
         loads = table is not None and table.shape == self.table.shape
         if loads and (self.table.is_meta or not torch.equal(table, self.table.to(table))):

@@ -379,6 +379,24 @@ def test_another_multiplier_of_other_formats(name, kind, hostile):
         fresh(x)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        Quantization(OperandQuantization(bits=4)),
+        Quantization(weight=OperandQuantization(narrow_range=True)),
+        Quantization(OperandQuantization("affine")),
+    ],
+)
+def test_codes_of_another_quantization_are_not_loaded(other, hostile):
+    layer, x = make("linear", hostile(8, True, True))
+    expected, stream = layer(x), io.BytesIO()
+    torch.save(make("linear", hostile(8, True, True), quantization=other)[0].state_dict(), stream)
+    stream.seek(0)
+    with pytest.raises(RuntimeError, match=r"saved with codes .* this layer's quantization has"):
+        layer.load_state_dict(torch.load(stream, weights_only=True))
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("signs", [(False, True), (True, False)])
 def test_another_multiplier_while_evaluating(signs, hostile):
     layer, x = make("linear", hostile())
