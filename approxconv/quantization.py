@@ -200,7 +200,9 @@ class OperandQuantization:
     bits : int, optional
         2 to the multiplier's width, the default. Fewer are codes of a sub-range.
     narrow_range : bool
-        Leave out the smallest code of a signed operand: −127 to 127.
+        Leave out the smallest code of a signed operand: −127 to 127. The largest value of a symmetric range has a code
+        then; else, as with torch's observers, it rounds to one code more than there are, is clipped and gets no
+        gradient.
     range : str
         ``"minmax"``; ``"moving_average"`` of the batches' extremes (activations); ``"histogram"``, torch's search for
         the least squared error (activations); ``"mse"``, of 100 evenly shrunk min-max ranges that of the least squared

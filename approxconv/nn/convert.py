@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -192,6 +193,23 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def other_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers with a matrix of weights that `approximate` does not know, as subclasses of those that it does.
+
+    Embeddings, which multiply nothing, are none.
+    """
+    known = convertible_layers(model).values()
+    inside = {part for layer in known for part in layer.modules()}
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if module in inside or isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or any(module.children()):
+            continue
+        if isinstance(module, tuple(LAYERS)) or (isinstance(weight, nn.Parameter) and weight.ndim > 1):
+            found[name] = module
+    return found
+
+
 def _ends(names: Sequence[str], first_last: str | None) -> tuple[set[str], str]:
     """The first and the last name, and what becomes of them."""
     if first_last not in (None, *FIRST_LAST):
@@ -262,7 +280,8 @@ def approximate(
     Parameters
     ----------
     model : torch.nn.Module
-        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced, and the
+        A stock model. Only layers that are exactly of a type in `approxconv.nn.convert.LAYERS` are replaced (a warning
+        names others that have a matrix of weights, such as those of subclasses, unless they are skipped), and the
         attention of Hugging Face models computed by `approximate_attention`, under the name of its module; a layer
         used in several places stays shared, and hooks, buffers and attributes that were put on a layer stay on it.
         Layers that are approximate already are set anew, as if they were converted now; they stay calibrated unless
@@ -321,7 +340,8 @@ def approximate(
     if not units:
         raise ValueError(f"model has no layer to convert: {', '.join(kind.__name__ for kind in LAYERS)}")
     ends, treatment = _ends(list(layers), first_last)
-    left = set().union(*(matching(pattern, units, "skip") for pattern in _check_skip(skip)))
+    others = other_layers(model)
+    left = set().union(*(matching(pattern, {**units, **others}, "skip") for pattern in _check_skip(skip)))
     chosen = {pattern: matching(pattern, units, "per_layer") for pattern in choices}
     exact = {**default, "multiplier": exact_products(default["multiplier"])}
     settings = {}
@@ -345,6 +365,11 @@ def approximate(
             _check_settings(f"layer {name!r}: ", own, kind)
             tried.add((id(own), kind))
     norms = _find_batchnorms(model, {name: layers[name] for name in settings if name in layers}, fold_batchnorm)
+    unknown = [f"{name} ({type(other).__name__})" for name, other in others.items() if name not in left]
+    if unknown:
+        warnings.warn(
+            f"layers of unknown types stay in float: {', '.join(unknown)}; skip= says that they shall", stacklevel=2
+        )
 
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())

@@ -17,7 +17,7 @@ from ..engines import EngineError
 from ..figures import power_in_milliwatts
 from ..multiplier import Multiplier, check_table_shape
 from .composite import ApproxComposite
-from .convert import as_float, convertible_layers, run_batch
+from .convert import as_float, convertible_layers, other_layers, run_batch
 from .layer import ApproxLayer, as_multiplier
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class ModelSummary(Shown):
 
 
 def model_summary(model: nn.Module, input: Any = None, *, exact: Multiplier | str | None = None) -> ModelSummary:
-    """Report on the layers of a model that are approximate or could be.
+    """Report on the layers of a model that are approximate, could be, or have a matrix of weights.
 
     Parameters
     ----------
@@ -199,11 +199,11 @@ def model_summary(model: nn.Module, input: Any = None, *, exact: Multiplier | st
     >>> summary.macs, summary[0].output_shape
     (13824, (1, 8, 8, 8))
     """
-    convertible = convertible_layers(model)
+    known = {**convertible_layers(model), **other_layers(model)}
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, ApproxLayer) or (name in convertible and not isinstance(module, ApproxComposite))
+        if isinstance(module, ApproxLayer) or (name in known and not isinstance(module, ApproxComposite))
     }
     if not layers:
         raise ValueError("model has no layer that is approximate or could be")

@@ -1,6 +1,7 @@
 """Conversion, calibration and modes of whole models."""
 
 import copy
+import warnings
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -365,6 +366,34 @@ def test_a_derived_weight_is_named_with_its_remedy(net, derive, remedy, inplace,
     assert not net.stem.conv._forward_pre_hooks
     model = approxconv.approximate(net, exact, skip="blocks.1.pointwise", inplace=True)
     assert names_converted(model) == [name for name in LAYERS if name != "blocks.1.pointwise"]
+
+
+class Scaled(nn.Conv2d):
+    pass
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("skip", [("2",), (lambda name, layer: isinstance(layer, Transposed),)])
+def test_layers_of_unknown_types_are_named(skip, exact):
+    model = nn.Sequential(
+        Scaled(1, 1, 1), nn.Linear(1, 1), Transposed(), nn.Embedding(3, 4), nn.MultiheadAttention(2, 1)
+    )
+    with pytest.warns(UserWarning, match=r"stay in float: 0 \(Scaled\), 2 \(Transposed\); skip="):
+        approximate = approxconv.approximate(model, exact)
+    assert [type(approximate[i]) for i in (0, 2)] == [Scaled, Transposed]
+    modes = {row.name: row.mode for row in approxconv.model_summary(approximate)}
+    assert modes["0"] == modes["2"] == "float"
+    assert set(map(modes.get, set(modes) - {"0", "2"})) == {"approximate"}
+    with pytest.warns(UserWarning, match=r"stay in float: 0 \(Scaled\); skip="):
+        approxconv.approximate(model, exact, skip=skip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        approxconv.approximate(model, exact, skip=[*skip, "0"])
 
 
 @pytest.mark.parametrize(
