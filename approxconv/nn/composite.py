@@ -9,59 +9,23 @@ from torch import nn
 from ..gradients import GradientTables
 from ..multiplier import Multiplier
 from ..quantization import Quantization
-from .layer import ApproxLayer, move, names_of
+from .layer import ApproxLayer
+from .replacement import Replacement, names_of
 
 
-class ApproxComposite(nn.Module):
+class ApproxComposite(Replacement):
     """Mixin placed before a torch layer whose products are approximate layers inside it.
 
     The inner layers carry mode, engine, table and scales, and `approxconv.approx_layers` finds them; the composite only
     hands its own settings on to them.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        multiplier: Multiplier | str,
-        quantization: Quantization | None = None,
-        gradient: str | GradientTables = "ste",
-        mode: str = "approximate",
-        engine: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init(multiplier, mode, engine, quantization, gradient)
-
-    @classmethod
-    def from_float(
-        cls,
-        layer: nn.Module,
-        multiplier: Multiplier | str,
-        *,
-        quantization: Quantization | None = None,
-        gradient: str | GradientTables = "ste",
-        mode: str = "approximate",
-        engine: str = "auto",
-    ) -> ApproxComposite:
-        """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
-        new = cls.__new__(cls)
-        move(layer, new)
-        new._init(multiplier, mode, engine, quantization, gradient)
-        return new
-
-    def to_float(self) -> nn.Module:
-        """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
-        stock = next(kind for kind in type(self).__mro__ if not issubclass(kind, ApproxComposite))
-        layer = stock.__new__(stock)
-        move(self, layer)
-        for store, name in self._own_names:
-            (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
+    def _restore(self, layer: nn.Module) -> None:
         for name, child in layer._modules.items():
             if isinstance(child, ApproxLayer):
                 layer._modules[name] = child.to_float()
-        return layer
 
-    def _init(
+    def _init_approx(
         self,
         multiplier: Multiplier | str,
         mode: str,

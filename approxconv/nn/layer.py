@@ -28,6 +28,7 @@ from ..quantization import (
     weight_scale,
 )
 from ..zoo import get_multiplier
+from .replacement import Replacement, names_of
 
 MODES = ("float", "quantized", "approximate", "noise")
 _SCALES = ("activation_scale", "weight_scale")
@@ -81,7 +82,7 @@ def as_multiplier(multiplier: Multiplier | str) -> Multiplier:
     return multiplier
 
 
-class ApproxLayer(nn.Module):
+class ApproxLayer(Replacement):
     """Mixin placed before a torch layer with `weight` and `bias`; adds modes and the integer path.
 
     ``mode`` is one of
@@ -129,47 +130,10 @@ class ApproxLayer(nn.Module):
     _activations: tuple[str, ...] = ("activation",)
     _version = _FORMAT_VERSION
 
-    def __init__(
-        self,
-        *args: Any,
-        multiplier: Multiplier | str,
-        quantization: Quantization | None = None,
-        gradient: str | GradientTables = "ste",
-        mode: str = "approximate",
-        engine: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_approx(multiplier, mode, engine, quantization, gradient)
-
-    @classmethod
-    def from_float(
-        cls,
-        layer: nn.Module,
-        multiplier: Multiplier | str,
-        *,
-        quantization: Quantization | None = None,
-        gradient: str | GradientTables = "ste",
-        mode: str = "approximate",
-        engine: str = "auto",
-    ) -> ApproxLayer:
-        """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
-        self = cls.__new__(cls)
-        move(layer, self)
-        self._init_approx(multiplier, mode, engine, quantization, gradient)
-        return self
-
-    def to_float(self) -> nn.Module:
-        """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
-        stock = next(kind for kind in type(self).__mro__ if not issubclass(kind, ApproxLayer))
-        layer = stock.__new__(stock)
-        move(self, layer)
-        for store, name in self._own_names:
-            (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
+    def _restore(self, layer: nn.Module) -> None:
         hooks = layer._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _no_op]:
             del hooks[key]
-        return layer
 
     def _init_approx(
         self,
@@ -720,27 +684,6 @@ def _fitting(gradient: str | GradientTables, multiplier: Multiplier) -> str | Gr
     if isinstance(check_gradient(gradient), GradientTables):
         gradient_tables(multiplier, gradient)
     return gradient
-
-
-def names_of(module: nn.Module) -> set[tuple[str | None, str]]:
-    """Where a module holds what: attributes, and entries of its parameters, buffers and modules."""
-    stores = {None: vars(module), **{store: vars(module)[store] for store in ("_parameters", "_buffers", "_modules")}}
-    return {(store, name) for store, names in stores.items() for name in names}
-
-
-def move(source: nn.Module, target: nn.Module) -> None:
-    """Give a new module all that another has.
-
-    The dicts of hooks move, so that their handles still remove them, and `source` keeps copies.
-    """
-    state = source.__getstate__()  # without its compiled call
-    for name, value in vars(nn.Module()).items():
-        if isinstance(value, (dict, set)):
-            source.__dict__[name] = state[name].copy()
-    target.__dict__.update(state)
-    for key, hook in target._load_state_dict_pre_hooks.items():
-        if hook.with_module:  # a weak reference to it, which would die with `source`
-            target._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, target)
 
 
 def sum_bound(table: Tensor, depth: int) -> int:
