@@ -43,6 +43,9 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size()
+        # A thread of gloo drops the last collective's tensor after telling that it is done, for which it needs an
+        # interpreter: one that ends then aborts. A barrier has no tensor, and takes longer than that.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
