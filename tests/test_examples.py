@@ -54,7 +54,7 @@ def test_every_example_is_tested():
     ],
 )
 def test_it_learns(name, package, options):
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"needs {package}")
     said = run(EXAMPLES / name, "--epochs", 2, *options).stdout
     before, after = map(float, re.search(r"([\d.]+) % converted, ([\d.]+) % retrained", said).groups())
     assert after > max(before + 30, 80)

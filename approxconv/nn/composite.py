@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ..gradients import GradientTables
-from ..multiplier import Multiplier
-from ..quantization import Quantization
 from .layer import ApproxLayer
-from .replacement import Replacement, names_of
+from .replacement import Replacement
 
 
 class ApproxComposite(Replacement):
     """Mixin placed before a torch layer whose products are approximate layers inside it.
 
     The inner layers carry mode, engine, table and scales, and `approxconv.approx_layers` finds them; the composite only
-    hands its own settings on to them.
+    hands its own settings on to them. A subclass supplies ``_init_products(**settings)``, which makes them.
     """
+
+    _init_products: Callable[..., None]
 
     def _restore(self, layer: nn.Module) -> None:
         for name, child in layer._modules.items():
             if isinstance(child, ApproxLayer):
                 layer._modules[name] = child.to_float()
 
-    def _init_approx(
-        self,
-        multiplier: Multiplier | str,
-        mode: str,
-        engine: str,
-        quantization: Quantization | None,
-        gradient: str | GradientTables,
-    ) -> None:
-        stock = names_of(self)
-        self._init_products(
-            multiplier=multiplier, mode=mode, engine=engine, quantization=quantization, gradient=gradient
-        )
+    def _init_approx(self, **settings: Any) -> None:
+        self._init_products(**settings)
         self.train(self.training)
-        self._own_names = {*(names_of(self) - stock), (None, "_own_names")}
-
-    def _init_products(self, **arguments: Any) -> None:
-        """Make the inner layers."""
-        raise NotImplementedError
 
     def products(self) -> dict[str, ApproxLayer]:
         """The inner layers by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,13 @@ from .layer import ApproxLayer, sum_bound
 
 
 class ApproxConvNd(ApproxLayer):
-    """What convolutions and transposed convolutions share: construction, the check of the input, operand shapes."""
+    """What convolutions and transposed convolutions share: construction, the check of the input, operand shapes.
 
+    A subclass supplies ``_arguments(x, w, pad_code)``: the operator's x and w, of codes ``(B, C, *size)`` and
+    ``(O, C/groups, *kernel)``, and its geometry.
+    """
+
+    _arguments: Callable[[Tensor, Tensor, int | Tensor], tuple[Any, ...]]
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -44,10 +49,6 @@ class ApproxConvNd(ApproxLayer):
     def _padded(self, input: Tensor) -> Tensor:
         """The input with what padding the operator does not do."""
         return input
-
-    def _arguments(self, x: Tensor, w: Tensor, pad_code: int | Tensor) -> tuple[Any, ...]:
-        """The operator's x and w, of codes ``(B, C, *size)`` and ``(O, C/groups, *kernel)``, and its geometry."""
-        raise NotImplementedError
 
     def operand_shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]:
         """Shapes of the operator's x and w for an input of some shape, and stride, padding, dilation and groups.

@@ -28,7 +28,7 @@ from ..quantization import (
     weight_scale,
 )
 from ..zoo import get_multiplier
-from .replacement import Replacement, names_of
+from .replacement import Replacement
 
 MODES = ("float", "quantized", "approximate", "noise")
 _SCALES = ("activation_scale", "weight_scale")
@@ -134,6 +134,7 @@ class ApproxLayer(Replacement):
         hooks = layer._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _no_op]:
             del hooks[key]
+        layer._parameters.pop("noise_factor", None)
 
     def _init_approx(
         self,
@@ -148,7 +149,6 @@ class ApproxLayer(Replacement):
         if not isinstance(quantization, Quantization):
             raise ValueError(f"quantization must be a Quantization or None, got {type(quantization).__name__}")
         formats = quantization.formats(multiplier.bits, multiplier.a_signed, multiplier.w_signed)
-        stock = names_of(self)
         self._mode, self.engine = check_mode(mode), engine
         self._gradient_kind = _fitting(gradient, multiplier)
         self.observing = False
@@ -165,7 +165,6 @@ class ApproxLayer(Replacement):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
         self.register_forward_pre_hook(_no_op)
         self._derive()
-        self._own_names = {*(names_of(self) - stock), (None, "_own_names"), ("_parameters", "noise_factor")}
 
     def _register_operands(self, device: torch.device) -> None:
         """Make scales, zero points and observers."""
@@ -459,16 +458,36 @@ class ApproxLayer(Replacement):
         if bias is not None and self.quantization.bias_bits is not None:
             sums = sums + quantize_bias(bias, scale)
             bias = bias - bias.detach()  # 0, with the gradient
-        if torch.is_grad_enabled() and may_require_grad(real, *self._operands()):
-            filters = self._filters(self.weight).float()
-            output = self._recorded(real, filters, sums, scale, codes, weight, sx, zx)
+        output = self._rescaled((real, None), sums, scale, codes, weight, sx, zx, depth, *geometry)
+        return output if bias is None else output + bias
+
+    def _rescaled(
+        self,
+        operands: tuple[Tensor, Tensor | None],
+        sums: Tensor,
+        scale: Tensor,
+        codes: Tensor,
+        weight: QuantizedWeight,
+        sx: Tensor,
+        zx: Tensor,
+        depth: int,
+        *geometry: Any,
+    ) -> Tensor:
+        """The sums as real numbers, with a gradient if one may be asked for, and with the noise of its mode.
+
+        `operands` are those before they were quantised, in place of the second None for the layer's weight.
+        """
+        real, other = operands
+        inputs = (real, *self._operands()) if other is None else (real, other, *self._operands())
+        if torch.is_grad_enabled() and may_require_grad(*inputs):
+            other = self._filters(self.weight).float() if other is None else other
+            output = self._recorded(real, other, sums, scale, codes, weight, sx, zx)
         else:
             output = rescaled(sums, scale)
         if self.mode == "noise":
-            output = output + noise(
-                output, self._fan_in(depth, real.shape, *geometry), *self._error, scale, self.noise_factor
-            )
-        return output if bias is None else output + bias
+            fan_in = self._fan_in(depth, real.shape, *geometry)
+            output = output + noise(output, fan_in, *self._error, scale, self.noise_factor)
+        return output
 
     def _quantize_activation(self, name: str, real: Tensor) -> tuple[Tensor, Tensor, Tensor, int | Tensor]:
         """Codes, scale, zero point, and the zero point as a number unless it may not be read."""

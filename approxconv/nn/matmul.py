@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gradients import noise
 from ..quantization import QuantizedWeight, sum_dtype
-from .layer import ApproxLayer, may_require_grad, rescaled, sum_bound
+from .layer import ApproxLayer, sum_bound
 
 
 class Matmul(nn.Module):
@@ -77,14 +76,7 @@ class ApproxMatmul(ApproxLayer, Matmul):
             sums -= (a_zero * (quantized.sums - depth * b_zero)).unsqueeze(-2)
         if isinstance(b_zero, Tensor) or b_zero:
             sums -= b_zero * a_codes.sum(-1, keepdim=True, dtype=sums.dtype)
-        scale = sa * sb
-        if torch.is_grad_enabled() and may_require_grad(a, b, *self._operands()):
-            output = self._recorded(a, b, sums, scale, a_codes, quantized, sa, za)
-        else:
-            output = rescaled(sums, scale)
-        if self.mode == "noise":
-            output = output + noise(output, depth, *self._error, scale, self.noise_factor)
-        return output
+        return self._rescaled((a, b), sums, sa * sb, a_codes, quantized, sa, za, depth)
 
     def _gradient(
         self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]

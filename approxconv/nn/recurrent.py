@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,8 +102,12 @@ class ApproxGRUCell(_ApproxCell, nn.GRUCell):
 
 
 class _ApproxRecurrent(ApproxComposite):
-    """The products of every layer and direction: ``ih_l0``, ``hh_l0``, ``ih_l0_reverse`` and so on."""
+    """The products of every layer and direction: ``ih_l0``, ``hh_l0``, ``ih_l0_reverse`` and so on.
 
+    A subclass supplies ``_step(suffix, gates, state)``: the next state, h first, from the product of the input.
+    """
+
+    _step: Callable[[str, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
     input_size: int
     hidden_size: int
     proj_size: int
@@ -136,10 +141,6 @@ class _ApproxRecurrent(ApproxComposite):
         layer.mode = type(layer).__name__
         layer._init_flat_weights()
         return layer
-
-    def _step(self, suffix: str, gates: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The next state, h first, from the product of the input."""
-        raise NotImplementedError
 
     def _states(self, batch: int, like: Tensor) -> tuple[Tensor, ...]:
         """Zeros, all layers' and directions'."""

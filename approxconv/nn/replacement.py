@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,14 @@ from ..quantization import Quantization
 
 
 class Replacement(nn.Module):
-    """Mixin placed before a stock module; what `_init_approx` adds to that is taken off again by `to_float`."""
+    """Mixin placed before a stock module; what `_init_approx` adds to that is taken off again by `to_float`.
+
+    A subclass supplies ``_init_approx(multiplier, mode, engine, quantization, gradient)``, which makes what the stock
+    module has not, and ``_restore(layer)``, which does what else `layer` needs that has become the stock module.
+    """
+
+    _init_approx: Callable[..., None]
+    _restore: Callable[[nn.Module], None]
 
     def __init__(
         self,
@@ -25,7 +33,7 @@ class Replacement(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_approx(multiplier, mode, engine, quantization, gradient)
+        self._become(multiplier=multiplier, quantization=quantization, gradient=gradient, mode=mode, engine=engine)
 
     @classmethod
     def from_float(
@@ -41,8 +49,13 @@ class Replacement(nn.Module):
         """Take over a stock layer: the same parameters, not copies, its hooks and whatever else was put on it."""
         self = cls.__new__(cls)
         _move(layer, self)
-        self._init_approx(multiplier, mode, engine, quantization, gradient)
+        self._become(multiplier=multiplier, quantization=quantization, gradient=gradient, mode=mode, engine=engine)
         return self
+
+    def _become(self, **settings: Any) -> None:
+        stock = names_of(self)
+        self._init_approx(**settings)
+        self._own_names = {*(names_of(self) - stock), (None, "_own_names")}
 
     def to_float(self) -> nn.Module:
         """Give a stock layer back: the same parameters, not copies, the hooks and whatever else was put on this one."""
@@ -53,21 +66,6 @@ class Replacement(nn.Module):
             (layer.__dict__ if store is None else layer.__dict__[store]).pop(name, None)
         self._restore(layer)
         return layer
-
-    def _init_approx(
-        self,
-        multiplier: Multiplier | str,
-        mode: str,
-        engine: str,
-        quantization: Quantization | None,
-        gradient: str | GradientTables,
-    ) -> None:
-        """Make what the stock module has not, and note its names in `_own_names`."""
-        raise NotImplementedError
-
-    def _restore(self, layer: nn.Module) -> None:
-        """What else `layer`, which has become the stock module, needs."""
-        raise NotImplementedError
 
 
 def names_of(module: nn.Module) -> set[tuple[str | None, str]]:

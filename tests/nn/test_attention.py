@@ -460,7 +460,7 @@ def test_attention_is_torchs():
 
 def hugging_face(name, implementation="eager"):
     """A small model with random weights, and what it takes."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
     small = dict(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, attn_implementation="eager"

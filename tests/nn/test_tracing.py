@@ -266,7 +266,7 @@ def test_copies_and_checkpoints(case, make):
 
 @cases
 def test_safetensors(case, make, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
     model, x = make(case)
     model.eval()
     expected = model(x)
