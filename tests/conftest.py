@@ -37,3 +37,20 @@ def reference_multipliers():
         }
     assert len(circuits) == 25
     return circuits
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must exit with 1; return its one line on stderr."""
+    from approxconv.cli import main
+
+    def call(*arguments):
+        assert main([str(argument) for argument in arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("approxconv: error: ")
+        assert "Traceback" not in captured.err
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return call

@@ -36,21 +36,6 @@ def run(capsys):
     return call
 
 
-@pytest.fixture
-def fails(capsys):
-    """Run a command that must exit with 1; return its one line on stderr."""
-
-    def call(*arguments):
-        assert main([str(argument) for argument in arguments]) == 1
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("approxconv: error: ")
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return call
-
-
 def test_list(run):
     assert run("list").split() == list_multipliers()
     assert run("list", "drum?_8u").split() == [f"drum{k}_8u" for k in range(2, 9)]

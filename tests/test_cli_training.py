@@ -65,21 +65,6 @@ def run(capsys):
     return call
 
 
-@pytest.fixture
-def fails(capsys):
-    """Run a command that must exit with 1; return its one line on stderr."""
-
-    def call(*arguments):
-        assert main([str(argument) for argument in arguments]) == 1
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("approxconv: error: ")
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    return call
-
-
 def model_and_data():
     import factories
 
